@@ -1,0 +1,1 @@
+"""Fine-tune on Ray: one job file from raw data to a live endpoint."""

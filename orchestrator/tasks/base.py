@@ -1,0 +1,186 @@
+"""The Task protocol: a task says its columns, its tensors, its model and its answer. Everything else asks it.
+
+A task is a frozen value: the `task:` section of the job file, what pickles to the workers, and `task.json` in the
+bundle, so that training and serving cannot drift apart. Importing a task imports neither torch, transformers nor ray;
+methods that need them import them when called.
+
+Words: a *row* is what stands in the data (a dict from role to value, plus `row_id`); an *example* is one encoded
+input of the model (one row may become many); a *batch* is collated tensors; an *output* is what the model says of
+one example (numpy); a *prediction* is the JSON-able answer to one row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import model_serializer
+
+from orchestrator.schema import Schema
+
+if TYPE_CHECKING:
+    import torch
+
+Row = dict[str, Any]
+Example = dict[str, Any]
+Prediction = dict[str, Any]
+Observation = dict[str, Any]
+"""Nested dicts whose leaves are numbers; two observations are merged by adding the leaves."""
+
+
+class RowError(ValueError):
+    """One row cannot be used: prepare writes it to the quarantine with `column`, `expected` and `found`."""
+
+    def __init__(self, column: str, expected: str, found: Any):
+        super().__init__(f"column {column!r}: expected {expected}, found {found!r}")
+        self.column, self.expected, self.found = column, expected, found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.column, self.expected, self.found))
+
+
+class Column(Schema):
+    """One role that a task reads, for example `text` or `label`."""
+
+    kind: Literal["text", "label", "number", "any"]
+    required: bool = True
+    target: bool = False
+    """True for what the model learns to say: absent at prediction time."""
+    help: str = ""
+
+
+class Parameters(Schema):
+    """What a client may ask for beside its inputs; a task adds fields."""
+
+
+class Task(Schema):
+    """Base of all tasks. Subclasses are named by the key they have in `TASKS` or by `module:Class`."""
+
+    key: ClassVar[str] = ""
+    """Name in the `task:` section; for a task outside the product `my_pkg.my_task:MyTask`, set when it is loaded."""
+    modality: ClassVar[Literal["text", "image", "audio"]] = "text"
+    parameters: ClassVar[type[Parameters]] = Parameters
+
+    @model_serializer(mode="wrap")
+    def _with_name(self, handler: Any) -> dict[str, Any]:
+        return {"name": self.key, **handler(self)}
+
+    # ---- data ------------------------------------------------------------------------------------------------
+    def columns(self) -> dict[str, Column]:
+        """Role -> what must stand in it. Checked against the files before any row is read."""
+        raise NotImplementedError
+
+    def clean(self, row: Row) -> Row:
+        """The canonical form of a row (roles only, JSON-able values), or `RowError`. Idempotent.
+
+        Targets may be absent (prediction). Called once for every row before anything else sees it.
+        """
+        raise NotImplementedError
+
+    def observe(self, rows: Sequence[Row]) -> Observation:
+        """What `fit` must know of these clean rows, as counts: small, and independent of the number of rows."""
+        return {"rows": len(rows)}
+
+    def fit(self, observed: Mapping[str, Observation]) -> Self:
+        """The completed task (label names, class weights, …) from each split's merged observation.
+
+        Raises `InputError` for what can't be learnt from: one class only, labels in `test` that `train` lacks, …
+        """
+        return self
+
+    def stratum(self, row: Row) -> str | None:
+        """The group within which a split keeps its shares, usually the label; None: no stratification."""
+        return None
+
+    # ---- tensors ---------------------------------------------------------------------------------------------
+    def encode(self, rows: Sequence[Row], processor: Any) -> list[list[Example]]:
+        """For each row its examples; with targets where the row has them. Batched because tokenizers are."""
+        raise NotImplementedError
+
+    def length(self, example: Example) -> int:
+        """What an example costs of a token budget, before padding."""
+        return len(example["input_ids"])
+
+    def collate(self, examples: Sequence[Example], processor: Any) -> dict[str, torch.Tensor]:
+        """Pads examples to one batch. Extra keys that the model does not take must not be in it."""
+        raise NotImplementedError
+
+    # ---- model -----------------------------------------------------------------------------------------------
+    def model(self, base: str, **options: Any) -> torch.nn.Module:
+        """The module to train, from a local folder or hub id; `options` go to `from_pretrained`."""
+        raise NotImplementedError
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], *, label_smoothing: float = 0.0) -> tuple[torch.Tensor, float]:
+        """Sum (not mean) of the losses of a batch, and the number of items it is a sum over."""
+        raise NotImplementedError
+
+    def infer(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> list[Any]:
+        """One numpy output for each example; the model is in eval mode and gradients are off. Ignores targets."""
+        raise NotImplementedError
+
+    # ---- answers ---------------------------------------------------------------------------------------------
+    def decode(self, row: Row, outputs: Sequence[Any]) -> Prediction:
+        """The prediction for a row from the outputs of its examples."""
+        raise NotImplementedError
+
+    def metrics(self) -> tuple[str, ...]:
+        """Names that `score` knows, the default ones first."""
+        raise NotImplementedError
+
+    @property
+    def objective(self) -> str:
+        """The metric by which checkpoints and versions are compared when the job names none."""
+        return self.metrics()[0]
+
+    def higher_is_better(self, metric: str) -> bool:
+        """The direction of a metric; every metric named `*loss*` or in `lower_is_better` falls."""
+        return "loss" not in metric and metric not in self.lower_is_better
+
+    lower_is_better: ClassVar[frozenset[str]] = frozenset()
+
+    def score(self, predictions: Sequence[Prediction], rows: Sequence[Row], metrics: Sequence[str] | None = None) -> dict[str, float]:
+        """Named numbers over predictions and the rows they answer; `metrics` chooses, None: the defaults."""
+        raise NotImplementedError
+
+    def tables(self, predictions: Sequence[Prediction], rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
+        """Tables for the run folder, each a list of flat dicts, for example `per_class` and `confusion_matrix`."""
+        return {}
+
+    def agree(self, one: Prediction, other: Prediction, tolerance: float) -> bool:
+        """Do two predictions for the same row say the same, numbers within `tolerance`?"""
+        return close(one, other, tolerance)
+
+    # ---- HTTP ------------------------------------------------------------------------------------------------
+    def inputs_schema(self) -> dict[str, Any]:
+        """JSON Schema of the `inputs` of a request."""
+        raise NotImplementedError
+
+    def inputs_example(self) -> Any:
+        """An example of `inputs`, shown on the endpoint's pages."""
+        raise NotImplementedError
+
+    def rows_from(self, inputs: Any) -> list[Row]:
+        """The rows in the `inputs` of a Hugging Face Inference request; `InputError` where they don't fit."""
+        raise NotImplementedError
+
+    def answer(self, predictions: Sequence[Prediction], parameters: Any, *, single: bool) -> Any:
+        """The JSON body that Hugging Face clients expect; `single` when `inputs` was one item, not a list."""
+        raise NotImplementedError
+
+    def answer_schema(self) -> dict[str, Any]:
+        """JSON Schema of what `answer` returns."""
+        raise NotImplementedError
+
+
+def close(one: Any, other: Any, tolerance: float) -> bool:
+    """Equality of JSON values, numbers within `tolerance` (absolute)."""
+    if isinstance(one, bool) or isinstance(other, bool) or one is None or other is None:
+        return one is other
+    if isinstance(one, (int, float)) and isinstance(other, (int, float)):
+        return math.isclose(one, other, rel_tol=0.0, abs_tol=tolerance) or (math.isnan(one) and math.isnan(other))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(close(one[key], other[key], tolerance) for key in one)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(close(a, b, tolerance) for a, b in zip(one, other, strict=True))
+    return one == other
