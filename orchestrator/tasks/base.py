@@ -151,6 +151,10 @@ class Task(Schema):
         """Do two predictions for the same row say the same, numbers within `tolerance`?"""
         return close(one, other, tolerance)
 
+    def difference(self, one: Prediction, other: Prediction) -> float:
+        """The largest difference between numbers of two predictions that `agree` compares; inf where they are of another shape."""
+        return largest_difference(one, other)
+
     # ---- HTTP ------------------------------------------------------------------------------------------------
     def inputs_schema(self) -> dict[str, Any]:
         """JSON Schema of the `inputs` of a request."""
@@ -184,3 +188,14 @@ def close(one: Any, other: Any, tolerance: float) -> bool:
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) == len(other) and all(close(a, b, tolerance) for a, b in zip(one, other, strict=True))
     return one == other
+
+
+def largest_difference(one: Any, other: Any) -> float:
+    """The largest absolute difference between the numbers in two JSON values; inf where anything else differs."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return max((largest_difference(one[key], other[key]) for key in one), default=0.0) if one.keys() == other.keys() else math.inf
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return max((largest_difference(a, b) for a, b in zip(one, other, strict=True)), default=0.0) if len(one) == len(other) else math.inf
+    if isinstance(one, (int, float)) and isinstance(other, (int, float)) and not isinstance(one, bool) and not isinstance(other, bool):
+        return abs(one - other)
+    return 0.0 if one == other else math.inf

@@ -1,0 +1,136 @@
+"""Predictor: rows in, predictions out. Evaluation, batch prediction and the endpoint all run this one."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from orchestrator import batching, models, processors
+from orchestrator.bundle import Bundle
+from orchestrator.errors import InputError, StageError
+from orchestrator.tasks.base import Example, Prediction, Row, Task
+
+TOKENS_PER_BATCH = 4096
+
+
+def forward(task: Task, model: Any, processor: Any, examples: Sequence[Example], *, tokens: int, precision: str) -> list[Any]:
+    """The task's output for each example, in their order.
+
+    Micro-batches of similar length hold at most `tokens` padded tokens; neither they nor the padding change an
+    output by more than floating-point noise. `precision` is fp32, bf16 or fp16 (autocast); the model's mode is left as it was.
+    """
+    import torch
+
+    outputs: list[Any] = [None] * len(examples)
+    device = next(model.parameters()).device
+    autocast = contextlib.nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=_dtype(precision))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), autocast:
+            for places in batching.micro_batches([task.length(example) for example in examples], tokens):
+                batch = task.collate([examples[place] for place in places], processor)
+                batch = {key: value.to(device) for key, value in batch.items()}
+                for place, output in zip(places, task.infer(model, batch), strict=True):
+                    outputs[place] = output
+    finally:
+        model.train(was_training)
+    return outputs
+
+
+class Predictor:
+    """The model of a bundle, ready to answer.
+
+    `encode` and `decode` may run in several threads at once, also while `infer` runs; `infer` runs one call at a time.
+    `threads` sets torch's threads for the whole process (None: left as they are). The model goes to the GPU where there is one.
+    """
+
+    def __init__(self, bundle: Bundle, *, precision: str = "auto", threads: int | None = None, tokens_per_batch: int = TOKENS_PER_BATCH):
+        import torch
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        trust = bool(bundle.job.get("model", {}).get("trust_remote_code", False))
+        self.bundle, self.task, self.tokens_per_batch = bundle, bundle.task, tokens_per_batch
+        self.precision = models.hardware_precision(precision)
+        self.processor = processors.load(str(bundle.processor), self.task.modality, trust_remote_code=trust)
+        options = {"trust_remote_code": True} if trust else {}
+        model = self.task.model(str(bundle.model), dtype=torch.float32, **options).eval()
+        if self.precision != "fp32":
+            _cast_layers(model, _dtype(self.precision))
+        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._one_inference = threading.Lock()
+        self._first_encoding = threading.Lock()
+        self._encoded_once = False
+
+    def __call__(self, rows: Sequence[Row]) -> list[Prediction]:
+        """The predictions for clean rows, in their order."""
+        encoded = self.encode(rows)
+        outputs = iter(self.infer([example for examples in encoded for example in examples]))
+        return [self.decode(row, [next(outputs) for _ in examples]) for row, examples in zip(rows, encoded, strict=True)]
+
+    def encode(self, rows: Sequence[Row]) -> list[list[Example]]:
+        """The examples of each clean row; targets in the rows are left out."""
+        columns = self.task.columns()
+        inputs = [{role: value for role, value in row.items() if role not in columns or not columns[role].target} for row in rows]
+        if not inputs:
+            return []
+        if self._encoded_once:
+            return self.task.encode(inputs, self.processor)
+        # A fast tokenizer takes its settings from the first call; other threads must not be inside it then ("Already borrowed").
+        with self._first_encoding:
+            encoded = self.task.encode(inputs, self.processor)
+            self._encoded_once = True
+            return encoded
+
+    def infer(self, examples: Sequence[Example]) -> list[Any]:
+        """The model's output for each example, in their order."""
+        with self._one_inference:
+            return forward(self.task, self.model, self.processor, examples, tokens=self.tokens_per_batch, precision=self.precision)
+
+    def decode(self, row: Row, outputs: Sequence[Any]) -> Prediction:
+        return self.task.decode(row, outputs)
+
+
+def check_golden(predictor: Predictor, tolerance: float = 0.02) -> float:
+    """The largest difference between what the predictor says of the bundle's golden rows and what it should.
+
+    Raises `StageError` where a prediction does not agree within `tolerance`, `InputError` where the bundle has no golden rows.
+    """
+    bundle = predictor.bundle
+    if not bundle.golden:
+        raise InputError(f"The bundle {str(bundle.path)!r} has no golden rows to check against; evaluate the model first.")
+    largest = 0.0
+    predictions = predictor([entry["row"] for entry in bundle.golden])
+    for entry, found in zip(bundle.golden, predictions, strict=True):
+        expected = entry["prediction"]
+        difference = predictor.task.difference(expected, found)
+        if not predictor.task.agree(expected, found, tolerance):
+            raise StageError(
+                f"The bundle {bundle.name!r} does not predict what it did when it was evaluated: for the row {_short(entry['row'])} "
+                f"{_short(found)} instead of {_short(expected)} (difference {difference:.3g}, allowed {tolerance:g})."
+            )
+        largest = max(largest, difference)
+    return largest
+
+
+def _dtype(precision: str) -> Any:
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def _cast_layers(model: Any, dtype: Any) -> None:
+    """Casts once what autocast would cast again in every forward pass: the weights of matrix products, with the same results."""
+    import torch
+
+    for layer in model.modules():
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d)):
+            layer.to(dtype)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
