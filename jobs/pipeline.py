@@ -1,0 +1,105 @@
+"""The whole job, on the cluster this process finds: `python -m jobs.pipeline job.json`.
+
+`orchestrator run` calls `main` by this module's name in its own process; `orchestrator submit` sends the same module
+and the same `job.json` to a cluster. One path, two places.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator import cluster, pipeline, preflight
+from orchestrator.config import JobConfig, load
+from orchestrator.progress import Display
+from orchestrator.records import DeployRecord, EvaluateRecord, PreparedData, RegisterRecord
+
+
+def main(
+    job: JobConfig,
+    *,
+    until: pipeline.Until = "deploy",
+    promote: bool = False,
+    keep_serving: bool = False,
+    fresh: bool = False,
+    display: Display,
+    verbose: bool = False,
+    address: str | None = None,
+) -> dict[str, Any]:
+    """Runs the job's stages up to `until`; returns the result that `--json` prints.
+
+    With `keep_serving` the endpoint stays up until Ctrl-C. On a cluster that outlives this process it stays anyway.
+    """
+    run = pipeline.Run(job, display)
+    display.stage("check")
+    preflight.require(job, serve=until == "deploy")
+    run.open(fresh=fresh)
+    with run.alone(), cluster.session(address, log_dir=run.log_dir, verbose=verbose) as session:
+        preflight.require_resources(job, session.nodes())
+        deploy = Deployment(display, stays=not session.embedded, keep=keep_serving)
+        result = pipeline.run(run, until=until, promote=promote, deploy=deploy if until == "deploy" else None)
+        if until == "deploy":
+            deploy.finish()
+    return result
+
+
+class Deployment:
+    """The last stage: the endpoint, checked, three answers from it, and what becomes of it afterwards."""
+
+    def __init__(self, display: Display, *, stays: bool, keep: bool):
+        self.display, self.stays, self.keep = display, stays, keep
+
+    def __call__(self, job: JobConfig, prepared: PreparedData, evaluated: EvaluateRecord, registered: RegisterRecord) -> DeployRecord:
+        from orchestrator.evaluation import read_predictions
+        from serving import app, replay
+
+        self.endpoint = app.deploy(
+            registered.bundle, job.serving, name=registered.name, version=registered.version, display=self.display
+        )
+        split = "validation" if evaluated.predictions.get("validation") else "test"
+        rows, predictions = read_predictions(evaluated.predictions[split], limit=job.serving.replay_rows)
+        task = prepared.task
+        key = app.a_key(job.serving)
+        replayed = replay.replay(self.endpoint.url, task, rows, predictions, job.serving.tolerance, api_key=key)
+        self.display.say(
+            f"{replayed.rows} {split} rows answered over HTTP as offline (largest difference {replayed.largest_difference:.1e})"
+        )
+        for row, answer in replay.ask(self.endpoint.url, task, read_predictions(evaluated.predictions["test"], limit=3)[0], api_key=key):
+            self.display.say(f"{row} -> {answer}")
+        return DeployRecord(
+            url=self.endpoint.url,
+            model=registered.name,
+            version=registered.version,
+            replayed=replayed.rows,
+            largest_difference=replayed.largest_difference,
+        )
+
+    def finish(self) -> None:
+        """Leaves the endpoint running, holds it, or takes it down."""
+        from serving import app
+
+        if self.keep:
+            app.hold(self.endpoint, self.display)
+        if not self.stays:
+            app.shutdown()
+
+
+def _run_file(
+    job_file: Annotated[str, typer.Argument(help="The resolved job (job.json).")],
+    until: Annotated[str, typer.Option(help="Last stage: train, evaluate or deploy.")] = "deploy",
+    promote: Annotated[bool, typer.Option(help="Move the alias to the new version whatever it scores.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Forget the stages that are done.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose")] = False,
+) -> None:
+    from orchestrator import cli
+
+    with cli.errors_to_exit_status(verbose=verbose):
+        job = load(job_file)
+        result = main(job, until=until, promote=promote, fresh=fresh, display=cli.display(verbose=verbose), verbose=verbose)  # type: ignore[arg-type]
+        print(json.dumps({"status": "done", **result}))  # noqa: T201 - the job's result is its last line
+
+
+if __name__ == "__main__":
+    typer.run(_run_file)

@@ -1,0 +1,149 @@
+"""The stages in order. Each leaves one record on disk before the next starts, so a job that died continues from them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from orchestrator import bundle as bundles
+from orchestrator import evaluation, training
+from orchestrator.config import JobConfig, digest
+from orchestrator.data.prepare import prepare
+from orchestrator.errors import InputError
+from orchestrator.progress import Display
+from orchestrator.records import DeployRecord, EvaluateRecord, PreparedData, RegisterRecord, TrainRecord
+from orchestrator.registry import Registry
+from orchestrator.schema import Schema
+from orchestrator.storage import Folder
+
+Until = Literal["train", "evaluate", "deploy"]
+Deploy = Callable[[JobConfig, PreparedData, EvaluateRecord, RegisterRecord], DeployRecord]
+Record = TypeVar("Record", bound=Schema)
+
+GOLDEN_ROWS = 8
+
+
+@dataclass
+class Run:
+    """A job's folder in the storage, with the records of the stages that are done."""
+
+    job: JobConfig
+    display: Display
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def storage(self) -> Folder:
+        return Folder(self.job.storage)
+
+    @property
+    def folder(self) -> Folder:
+        return self.storage / self.job.run_id
+
+    @property
+    def log_dir(self) -> Path:
+        """Where the chatter of Ray and the libraries goes; beside the run where that is a local folder."""
+        local = Path(self.folder.path) if self.folder.is_local else Path.cwd() / self.job.run_id
+        return local / "logs"
+
+    def open(self, *, fresh: bool = False) -> None:
+        """Makes the folder and writes the resolved job; `fresh` forgets the stages that are done."""
+        if fresh:
+            self.folder.delete()
+        self.folder.make()
+        (self.folder / "job.json").write_json(self.job.to_json())
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps a second process from working on the same run at the same time; a killed one lets go by itself."""
+        if not self.folder.is_local:
+            yield
+            return
+        import fcntl
+
+        with (Path(self.folder.path) / ".lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise InputError(
+                    f"The run {self.job.run_id} is being worked on by process {lock.read().strip() or 'unknown'} on this machine; "
+                    "wait for it, stop it, or change the job."
+                ) from None
+            lock.truncate(0)
+            import os
+
+            lock.write(str(os.getpid()))
+            lock.flush()
+            yield
+
+    def stage(self, name: str, schema: type[Record], inputs: Any, work: Callable[[], Record]) -> Record:
+        """The record of the stage `name` for `inputs` (any JSON value): the one on disk, or what `work` returns now."""
+        place = self.folder / "records" / f"{name}.json"
+        key = digest(inputs)
+        self.display.stage(name)
+        started = time.perf_counter()
+        if place.exists():
+            saved = place.read_json()
+            if saved["inputs"] == key:
+                self.timings[name] = 0.0
+                self.display.say("done before, its record is reused")
+                return schema.parse(saved["record"], str(place))
+        record = work()
+        seconds = self.timings[name] = round(time.perf_counter() - started, 3)
+        place.write_json({"inputs": key, "seconds": seconds, "record": record.to_json()})
+        return record
+
+
+def run(run: Run, *, until: Until = "deploy", promote: bool = False, deploy: Deploy | None = None) -> dict[str, Any]:
+    """Takes the job through its stages up to `until` and returns what the command line prints with `--json`.
+
+    The cluster must be connected. `deploy` starts the endpoint: it lives outside the library, beside what Serve runs.
+    """
+    job, display = run.job, run.display
+    result: dict[str, Any] = {"run": job.run_id, "run_dir": str(run.folder), "timings": run.timings}
+
+    display.stage("prepare")
+    started = time.perf_counter()
+    prepared = prepare(job, run.storage, display)
+    run.timings["prepare"] = round(time.perf_counter() - started, 3)
+    (run.folder / "records" / "prepare.json").write_json({"record": prepared.to_json(), "seconds": run.timings["prepare"]})
+
+    question = {"data": prepared.fingerprint, **job.model_dump(mode="json", include={"task", "model", "training"})}
+    question["global_batch_size"] = training.global_batch_size(job)
+    folder = run.folder / f"train-{digest(question)[:8]}"
+    trained = run.stage("train", TrainRecord, question, lambda: training.train(job, prepared, folder, display))
+    result["metrics"] = {"validation": trained.metrics}
+    result["train"] = trained.to_json()
+    if until == "train":
+        return result
+
+    def evaluate() -> EvaluateRecord:
+        record = evaluation.evaluate(job, prepared, trained.bundle, run.folder / "evaluation", display)
+        split = "validation" if record.predictions.get("validation") else "test"
+        golden = evaluation.read_predictions(record.predictions[split], limit=GOLDEN_ROWS)
+        bundles.complete(Folder(trained.bundle), metrics=record.metrics, golden=golden)
+        return record
+
+    evaluated = run.stage("evaluate", EvaluateRecord, [question, job.evaluation.to_json()], evaluate)
+    result["metrics"] = evaluated.metrics
+    if until == "evaluate":
+        return result
+
+    registry = Registry(job.registry.uri, run.storage)
+    inputs = [question, job.evaluation.to_json(), job.registry.to_json(), job.model_name, promote]
+    registered = run.stage("register", RegisterRecord, inputs, lambda: _register(run, registry, prepared, trained, evaluated, promote=promote))
+    display.say(f"{registered.name} version {registered.version}: {registered.reason}")
+    result["model"] = {"name": registered.name, "version": registered.version}
+
+    if deploy is not None:
+        display.stage("deploy")
+        started = time.perf_counter()
+        deployed = deploy(job, prepared, evaluated, registered)
+        run.timings["deploy"] = round(time.perf_counter() - started, 3)
+        (run.folder / "records" / "deploy.json").write_json({"record": deployed.to_json(), "seconds": run.timings["deploy"]})
+        result["endpoint"] = deployed.to_json()
+    return result

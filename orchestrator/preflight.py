@@ -1,0 +1,196 @@
+"""Does the job fit this data and this cluster? Asked before any CPU is held; each answer is a sentence."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from orchestrator.config import JobConfig
+from orchestrator.data import sources
+from orchestrator.doctor import Check
+from orchestrator.errors import InputError, did_you_mean
+from orchestrator.storage import Folder
+
+GIB = 2**30
+
+
+def check(job: JobConfig, *, serve: bool = True) -> list[Check]:
+    """All that can be known of a job without starting anything, in seconds. A check that failed has `ok=False`.
+
+    Without `serve` the registry and the endpoint are not looked at: nothing up to evaluation needs them.
+    """
+    looks = {name: look for name, look in _LOOKS.items() if serve or name not in ("registry", "port", "auth")}
+    return [_outcome(name, look, job) for name, look in looks.items()]
+
+
+def require(job: JobConfig, *, serve: bool = True) -> None:
+    """Raises `InputError` with every sentence that `check` found wrong."""
+    wrong = [item.sentence for item in check(job, serve=serve) if item.ok is False]
+    if wrong:
+        raise InputError("\n".join(wrong))
+
+
+def require_resources(job: JobConfig, nodes: list[dict[str, float]]) -> None:
+    """Raises `InputError` when the workers can't be placed on `nodes` (each with CPU and GPU), which exist by now."""
+    wanted = job.resources.num_workers
+    if wanted == "auto":
+        return
+    cpus, gpus = sum(node.get("CPU", 0) for node in nodes), sum(node.get("GPU", 0) for node in nodes)
+    each = 1.0 if job.resources.cpus_per_worker == "auto" else job.resources.cpus_per_worker
+    each_gpu = job.resources.gpus_per_worker
+    what = f"{len(nodes)} nodes with {cpus:g} CPUs" if len(nodes) > 1 else f"{cpus:g} CPUs"
+    if each_gpu != "auto" and each_gpu > 0:
+        fit = sum(int(node.get("GPU", 0) // each_gpu) for node in nodes)
+        if fit < wanted:
+            raise InputError(
+                f"resources: {wanted} workers of {each_gpu:g} GPU ask for {wanted * each_gpu:g} GPUs, and there are {gpus:g}; "
+                f"the most that fits is num_workers: {fit}."
+            )
+    fit = sum(int(node.get("CPU", 0) // each) for node in nodes)
+    if fit < wanted and not (gpus and job.resources.cpus_per_worker == "auto"):
+        raise InputError(
+            f"resources: {wanted} workers of {each:g} CPU ask for {wanted * each:g} CPUs, and there are {what}; "
+            f"the most that fits is num_workers: {fit}."
+        )
+
+
+def _outcome(name: str, look: Callable[[JobConfig], str], job: JobConfig) -> Check:
+    try:
+        return Check(name=name, ok=True, sentence=look(job))
+    except InputError as error:
+        return Check(name=name, ok=False, sentence=str(error))
+
+
+def _data(job: JobConfig) -> str:
+    found = []
+    for split in ("train", "validation", "test"):
+        if getattr(job.data, split) is None:
+            continue
+        peek = sources.peek(job.data, split)
+        roles = job.task.columns()
+        sources.map_columns(job.data, roles, peek.columns, where=f"data.{split}")
+        found.append(f"{split}: {len(peek.files)} {peek.format} file{'s' * (len(peek.files) != 1)}, columns {', '.join(peek.columns)}")
+    unknown = set(job.data.columns) - set(job.task.columns())
+    if unknown:
+        name = sorted(unknown)[0]
+        raise InputError(f"data.columns: the task has no role {name!r}.{did_you_mean(name, job.task.columns())}")
+    return "; ".join(found)
+
+
+def _metrics(job: JobConfig) -> str:
+    known = job.task.metrics()
+    asked = list(job.evaluation.metrics or [])
+    best = job.training.metric_for_best_model
+    for name in [*asked, *([best] if best and best.removeprefix("eval_") != "loss" else [])]:
+        if name not in known:
+            raise InputError(f"metrics: the task has no metric {name!r}.{did_you_mean(name, known)}")
+    return f"best checkpoint by {best or job.task.objective}"
+
+
+def _model(job: JobConfig) -> str:
+    from orchestrator import models
+
+    return models.describe(job.task, job.model)
+
+
+def _disk(job: JobConfig) -> str:
+    folder = Folder(job.storage)
+    if not folder.is_local:
+        return f"{folder}: not local, its room is not known"
+    place = Path(folder.path)
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.W_OK):
+        raise InputError(f"storage: {place} can't be written to by this user; set storage to a folder that can.")
+    free = shutil.disk_usage(place).free
+    from orchestrator import models
+
+    weights = models.weight_bytes(job.model) or 0
+    # Training state is weights + two Adam moments; the best, the kept and the one being written, and the bundle.
+    need = 3 * weights * (job.checkpoint.keep + 2) + weights + 2**26
+    if free < need:
+        raise InputError(f"storage: {place} has {free / GIB:.1f} GiB free and this job needs about {need / GIB:.1f} GiB for checkpoints and the bundle.")
+    return f"{place}: {free / GIB:.0f} GiB free, about {need / GIB:.1f} GiB needed"
+
+
+def _machine(job: JobConfig) -> str:
+    """Only for an embedded cluster: a running one is asked once connected (`require_resources`)."""
+    if os.environ.get("RAY_ADDRESS"):
+        return "a running cluster: checked when it is connected"
+    import psutil
+
+    cpus = os.cpu_count() or 1
+    require_resources(job, [{"CPU": float(cpus), **_gpus()}])
+    from orchestrator import models
+
+    weights = models.weight_bytes(job.model) or 0
+    workers = job.resources.num_workers if job.resources.num_workers != "auto" else 1
+    # Per worker: fp32 weights, gradients, two Adam moments, and about as much again for activations and libraries.
+    need = workers * (4 * weights * 1.25 + 0.7 * GIB)
+    memory = psutil.virtual_memory().available
+    if need > memory:
+        raise InputError(f"resources: {workers} workers need about {need / GIB:.1f} GiB of memory, and {memory / GIB:.1f} GiB are free; ask for fewer workers or use model.lora.")
+    return f"{cpus} CPUs, {memory / GIB:.0f} GiB of memory free, about {need / GIB:.1f} GiB needed"
+
+
+def _gpus() -> dict[str, float]:
+    """GPUs by their device files: asking torch would cost seconds."""
+    return {"GPU": float(len([name for name in os.listdir("/dev") if name.removeprefix("nvidia").isdigit()]))} if Path("/dev").is_dir() else {}
+
+
+def _port(job: JobConfig) -> str:
+    host, port = job.serving.host, job.serving.port
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"serving.port: {host}:{port} can't be used ({error.strerror}); choose another with --set serving.port={_free_port(host, port)}."
+            ) from None
+    return f"{host}:{port} is free"
+
+
+def _free_port(host: str, above: int) -> int:
+    return next(_free_ports(host, above), 0)
+
+
+def _free_ports(host: str, above: int) -> Iterator[int]:
+    for port in range(above + 1, min(above + 100, 65536)):
+        with socket.socket() as probe:
+            if probe.connect_ex((host, port)):
+                yield port
+
+
+def _auth(job: JobConfig) -> str:
+    loopback = job.serving.host in ("127.0.0.1", "localhost", "::1")
+    if job.serving.auth == "none":
+        return "open to everybody who reaches it" if not loopback else "open, on loopback only"
+    if job.serving.auth != "auto" and not Path(job.serving.auth).is_file():
+        raise InputError(f"serving.auth: there is no key file {job.serving.auth!r}.")
+    if not loopback and job.serving.auth == "auto" and not os.environ.get("ORCHESTRATOR_API_KEYS"):
+        raise InputError(
+            f"serving.host: {job.serving.host} is reachable from outside and there is no API key; set ORCHESTRATOR_API_KEYS, name a key file in serving.auth, or say auth: none."
+        )
+    return "API key" if job.serving.auth != "auto" or os.environ.get("ORCHESTRATOR_API_KEYS") else "open, on loopback only"
+
+
+def _registry(job: JobConfig) -> str:
+    from orchestrator import registry
+
+    return registry.check(job.registry.uri, Folder(job.storage))
+
+
+_LOOKS: dict[str, Callable[[JobConfig], str]] = {
+    "data": _data,
+    "model": _model,
+    "metrics": _metrics,
+    "machine": _machine,
+    "disk": _disk,
+    "registry": _registry,
+    "port": _port,
+    "auth": _auth,
+}
