@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import io
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol, Self, TextIO
+
+if TYPE_CHECKING:
+    from orchestrator.terminal import Terminal
+
+Clock = Callable[[], float]
 
 
 class Display(Protocol):
@@ -32,3 +44,224 @@ class Silent:
     def say(self, sentence: str) -> None: ...
     def warn(self, sentence: str) -> None: ...
     def step(self, done: float, total: float | None, unit: str = "steps", **fields: float | str) -> None: ...
+
+
+def display(*, verbose: bool = False, json: bool = False) -> Plain | Terminal:
+    """The display that fits where the output goes, a context manager: closing it ends the last stage.
+
+    With `json` it writes to standard error, because the last line of standard output is the result. With `verbose` it
+    is plain even on a terminal: moving lines and the libraries' own output would write over each other.
+    """
+    stream: TextIO | None = sys.stderr if json else sys.stdout
+    terminal = stream is not None and not stream.closed and stream.isatty() and os.environ.get("TERM") != "dumb"
+    if not terminal or verbose:
+        return Plain(_own(stream))
+    from orchestrator.terminal import Terminal
+
+    return Terminal(_own(stream))
+
+
+class Pace:
+    """How long until a count reaches its total, from how fast it went so far."""
+
+    def __init__(self, clock: Clock = time.monotonic):
+        self._clock = clock
+        self._first: tuple[float, float] | None = None
+        self._last: tuple[float, float] = (0.0, 0.0)
+
+    def at(self, done: float) -> None:
+        """The count is `done` now; a count that fell starts over."""
+        now = self._clock()
+        if self._first is None or done < self._last[1]:
+            self._first = (now, done)
+        self._last = (now, done)
+
+    def left(self, total: float | None) -> float | None:
+        """Seconds until `total`, None while that can't be said."""
+        if total is None or self._first is None or self._last[1] <= self._first[1]:
+            return None
+        then = self._last[0] + (total - self._last[1]) * (self._last[0] - self._first[0]) / (self._last[1] - self._first[1])
+        return max(0.0, then - self._clock())
+
+
+@dataclass(frozen=True)
+class Now:
+    """A stage at one moment. Frozen, so that the thread that draws needs no lock: it could wait for the drawer's own."""
+
+    name: str
+    began: float
+    said: tuple[tuple[str, str], ...] = ()
+    """Line and style of each."""
+    done: float = 0.0
+    total: float | None = None
+    unit: str = ""
+    figures: tuple[str, ...] = ()
+    pace: Pace | None = None
+
+    def count(self) -> str:
+        of = f"/{figure(self.total)}" if self.total is not None else ""
+        share = f" ({min(1.0, self.done / self.total):.0%})" if self.total else ""
+        return f"{figure(self.done)}{of} {self.unit}{share}"
+
+    def left(self) -> str:
+        left = self.pace.left(self.total) if self.pace and self.done != self.total else None
+        return f"{duration(left)} left" if left is not None else ""
+
+
+class Stages:
+    """What both displays know: the stage, when it began, its moving line and how long each stage took."""
+
+    def __init__(self, clock: Clock = time.monotonic):
+        self.timings: dict[str, float] = {}
+        """Seconds that each stage took so far; a stage that came twice counts both times."""
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._now: Now | None = None
+        self._paces: dict[str, Pace] = {}
+
+    def stage(self, name: str) -> None:
+        with self._lock:
+            self._end(finished=True)
+            self._now = Now(clean(name), self._clock())
+            self._paces = {}
+            self._on_stage(self._now)
+
+    def step(self, done: float, total: float | None, unit: str = "steps", **fields: float | str) -> None:
+        with self._lock:
+            if self._now is None:
+                return
+            pace = self._paces.setdefault(unit, Pace(self._clock))
+            pace.at(done)
+            # Text stands for itself, as in `412 examples/s`.
+            figures = (
+                clean(value) if isinstance(value, str) else f"{clean(name).replace('_', ' ')} {figure(value)}"
+                for name, value in fields.items()
+            )
+            self._now = replace(self._now, done=done, total=total, unit=clean(unit), figures=tuple(figures), pace=pace)
+            self._on_step(self._now)
+
+    def close(self, *, finished: bool = True) -> None:
+        """Ends the last stage; `finished` is false when it broke off."""
+        with self._lock:
+            self._end(finished=finished)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(finished=kind is None)
+
+    def _end(self, *, finished: bool) -> None:
+        ended, self._now = self._now, None
+        if ended is not None:
+            seconds = self._clock() - ended.began
+            self.timings[ended.name] = round(self.timings.get(ended.name, 0.0) + seconds, 3)
+            self._on_end(ended, seconds, finished=finished)
+
+    def _on_stage(self, now: Now) -> None: ...
+    def _on_step(self, now: Now) -> None: ...
+    def _on_end(self, ended: Now, seconds: float, *, finished: bool) -> None: ...
+
+
+class Plain(Stages):
+    """One line after another, for files, pipes and logs: no control characters, a line at least every five seconds of
+    work or tenth of the way, and one that says what it is at every `heartbeat` seconds of silence."""
+
+    def __init__(self, stream: TextIO | None, *, clock: Clock = time.monotonic, heartbeat: float = 15.0):
+        super().__init__(clock)
+        self._stream = stream
+        self._told = clock()
+        self._tenth = -1
+        self._stop = threading.Event()
+        self._heartbeat = heartbeat
+        self._thread: threading.Thread | None = None
+
+    def say(self, sentence: str) -> None:
+        with self._lock:
+            for line in lines(sentence):
+                self._write(f"  {line}" if self._now else line)
+
+    def warn(self, sentence: str) -> None:
+        self.say(f"warning: {sentence}")
+
+    def close(self, *, finished: bool = True) -> None:
+        self._stop.set()
+        super().close(finished=finished)
+
+    def _on_stage(self, now: Now) -> None:
+        self._tenth = -1
+        self._write(now.name)
+        if self._thread is None and self._stream is not None:
+            self._thread = threading.Thread(target=self._beat, name="progress", daemon=True)
+            self._thread.start()
+
+    def _on_step(self, now: Now) -> None:
+        tenth = int(10 * now.done / now.total) if now.total else self._tenth
+        silent = self._clock() - self._told
+        whole = now.total is not None and now.done >= now.total
+        if self._tenth < 0 or silent >= 5 or whole or (tenth != self._tenth and silent >= 1):
+            self._tenth = max(tenth, 0)
+            self._write(f"  {now.name}: {', '.join(part for part in (now.count(), *now.figures, now.left()) if part)}")
+
+    def _on_end(self, ended: Now, seconds: float, *, finished: bool) -> None:
+        self._write(f"{ended.name}: {'done in' if finished else 'stopped after'} {duration(seconds)}")
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._heartbeat / 4):
+            with self._lock:
+                now = self._now
+                if now and not self._stop.is_set() and self._clock() - self._told >= self._heartbeat:
+                    at = f", at {now.count()}" if now.unit else ""
+                    self._write(f"  {now.name}: {duration(self._clock() - now.began)} so far{at}")
+
+    def _write(self, line: str) -> None:
+        self._told = self._clock()
+        if self._stream is None:
+            return
+        try:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+        except (OSError, ValueError):  # nobody reads any more, as in `orchestrator run job.yaml | head`; the job goes on
+            self._stream = None
+
+
+def figure(value: float) -> str:
+    """A number as people write it: 2,985 and 0.3127."""
+    if isinstance(value, int) or (abs(value) >= 1000 and abs(value) != float("inf")):
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """2.1 s, 42 s, 3 min 12 s, 2 h 05 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def clean(text: str) -> str:
+    """Data and libraries' messages may hold control characters, which would steer the terminal."""
+    return "".join(character if character.isprintable() else " " for character in str(text))
+
+
+def lines(sentence: str) -> list[str]:
+    return [clean(line) for line in str(sentence).splitlines()] or [""]
+
+
+def _own(stream: TextIO | None) -> TextIO | None:
+    """A copy of `stream` of our own, so that sending standard output to a log file doesn't take the display along.
+
+    Unbuffered: a reader that went away is noticed at the line, not when Python exits.
+    """
+    if stream is None:
+        return None
+    try:
+        copy = os.dup(stream.fileno())
+    except (OSError, ValueError):  # not a real file, for example captured in a test
+        return stream
+    return io.TextIOWrapper(io.FileIO(copy, "w"), encoding=stream.encoding, errors="replace", write_through=True)

@@ -1,0 +1,100 @@
+"""The display on a terminal, drawn with Rich. Imported only where there is one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.progress import Clock, Now, Stages, duration, lines
+
+
+class Terminal(Stages):
+    """The current stage as a block that moves; a stage that ended stays above it with a tick and its seconds."""
+
+    def __init__(self, stream: TextIO | None, *, clock: Clock = time.monotonic, **console: Any):
+        super().__init__(clock)
+
+        class Quiet(Console):
+            def on_broken_pipe(self) -> None:
+                self.quiet = True
+
+        self._console = Quiet(file=stream, highlight=False, **console)
+        self._spinner = Spinner("dots", style="cyan")
+        self._first: Now | None = None
+        self._live = Live(
+            get_renderable=self._block,
+            console=self._console,
+            refresh_per_second=8,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+
+    def say(self, sentence: str) -> None:
+        self._add(sentence, "")
+
+    def warn(self, sentence: str) -> None:
+        self._add(f"warning: {sentence}", "yellow")
+
+    def _add(self, sentence: str, style: str) -> None:
+        with self._lock:
+            said = tuple((line, style) for line in lines(sentence))
+            if self._now:
+                self._now = replace(self._now, said=self._now.said + said)
+            else:
+                self._safely(self._console.print, *(Text(line, style=style) for line, _ in said), sep="\n")
+
+    def _on_stage(self, now: Now) -> None:
+        self._first = None
+        self._safely(self._live.start)
+
+    def _on_step(self, now: Now) -> None:
+        if self._first is None or self._first.unit == now.unit:  # what a stage counts first is what it is about
+            self._first = now
+
+    def _on_end(self, ended: Now, seconds: float, *, finished: bool) -> None:
+        head = Text.assemble(
+            ("✓ ", "green") if finished else ("✗ ", "red"), (f"{ended.name:<12}", "bold"), (f" {duration(seconds)}", "dim")
+        )
+        block = [head, *_indented(ended.said)]
+        if self._first:
+            block.append(Text("    " + " · ".join([self._first.count(), *self._first.figures]), style="dim"))
+        self._safely(self._live.stop)
+        self._safely(self._console.print, *block, sep="\n")
+
+    def _block(self) -> RenderableType:
+        now = self._now
+        if now is None:
+            return Text("")
+        head = Table.grid(padding=(0, 1))
+        head.add_row(self._spinner, Text(f"{now.name:<12}", style="bold"), Text(duration(self._clock() - now.began), style="dim"))
+        block: list[RenderableType] = [head, *_indented(now.said[-max(3, self._console.height - 6) :])]
+        if now.unit:
+            moving = Table.grid(padding=(0, 1))
+            where = Text(" · ".join(part for part in (now.count(), now.left()) if part), no_wrap=True)
+            bar = ProgressBar(total=now.total, completed=now.done, width=max(10, min(40, self._console.width - 48)))
+            moving.add_row(Text("   "), bar, where)
+            block.append(moving)
+        if now.figures:
+            block.append(Text("    " + " · ".join(now.figures), style="cyan", no_wrap=True, overflow="ellipsis"))
+        return Group(*block)
+
+    def _safely(self, write: Callable[..., Any], *args: Any, **options: Any) -> None:
+        try:
+            write(*args, **options)
+        except (OSError, ValueError):  # the terminal is gone; the job goes on
+            self._console.quiet = True
+
+
+def _indented(said: tuple[tuple[str, str], ...]) -> list[Any]:
+    return [Padding(Text(line, style=style), (0, 0, 0, 4)) for line, style in said]
