@@ -336,11 +336,10 @@ class TextClassification(Task):
         return {"single-label": "softmax", "multi-label": "sigmoid", "regression": "none"}[self.problem]
 
     def metrics(self) -> tuple[str, ...]:
-        """The default ones, then `f1/<label>`, `precision/<label>` and `recall/<label>` of each label."""
-        from orchestrator.tasks.classification_scores import DEFAULTS
+        """The default ones, then micro and weighted averages, then `f1/<label>`, `precision/<label>` and `recall/<label>`."""
+        from orchestrator.tasks.classification_scores import known
 
-        names = () if self.labels is None or self.problem == "regression" else self.labels
-        return DEFAULTS[self.problem] + tuple(f"{kind}/{name}" for kind in ("f1", "precision", "recall") for name in names)
+        return known(self.problem, self.labels or ())
 
     def score(self, predictions: Sequence[Prediction], rows: Sequence[Row], metrics: Sequence[str] | None = None) -> dict[str, float]:
         """Named numbers; one that has no value here (ROC AUC where the rows have one label only) is left out."""

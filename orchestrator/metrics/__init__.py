@@ -1,0 +1,35 @@
+"""Metric modules for the `evaluate` library that ship with the package, so that scoring needs no network.
+
+Each module beside this file is loaded by its path. In such a module every import stands on a line of its own: `evaluate`
+reads them to check that they are installed. A name that is no module here is one of the Hugging Face hub or a path to a module.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import InputError
+
+HERE = Path(__file__).parent
+
+
+@functools.cache
+def load(name: str, config: str | None = None) -> Any:
+    """The `evaluate` module `name`, loaded once in a process; `InputError` where there is none or the hub can't be reached."""
+    import evaluate
+
+    shipped = HERE / f"{name}.py"
+    try:
+        return evaluate.load(str(shipped) if shipped.is_file() else name, config_name=config, keep_in_memory=True)
+    except (OSError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"evaluation.metrics: {name!r} is no metric of this task and can't be loaded as a module of `evaluate`: {reason}"
+        ) from None
+
+
+def compute(name: str, config: str | None = None, **values: Any) -> dict[str, Any]:
+    """What the metric module `name` says of `predictions`, `references` and whatever else it takes."""
+    return dict(load(name, config).compute(**values) or {})
