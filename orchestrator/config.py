@@ -35,7 +35,9 @@ class SplitSection(Schema):
     @model_validator(mode="after")
     def _leaves_rows_to_train(self) -> SplitSection:
         if self.validation + self.test >= 1:
-            raise ValueError(f"validation and test shares add up to {self.validation + self.test:g}, which leaves nothing to train on; they must stay below 1")
+            raise ValueError(
+                f"validation and test shares add up to {self.validation + self.test:g}, which leaves nothing to train on; they must stay below 1"
+            )
         return self
 
 

@@ -13,7 +13,14 @@ from orchestrator.errors import InputError, did_you_mean
 class Schema(pydantic.BaseModel):
     """A frozen value that refuses keys it does not know and is written as JSON."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="strings", protected_namespaces=())
+    model_config = pydantic.ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        ser_json_inf_nan="strings",
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
 
     @classmethod
     def parse(cls, value: Any, where: str = "") -> Self:
@@ -54,7 +61,9 @@ def override(value: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
                 if section == "task" and isinstance(place[section], str):
                     place[section] = {"name": place[section]}
                 else:
-                    raise InputError(f"--set {assignment!r}: {'.'.join(sections[: depth + 1])} is {place[section]!r}, not a section with keys.")
+                    raise InputError(
+                        f"--set {assignment!r}: {'.'.join(sections[: depth + 1])} is {place[section]!r}, not a section with keys."
+                    )
             place = place[section]
         place[last] = _number(new)
     return result

@@ -1,0 +1,1 @@
+"""What each command does. Heavy libraries are imported inside the functions, so that `--help` answers at once."""

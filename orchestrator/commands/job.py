@@ -1,0 +1,169 @@
+"""The commands around a job file: init, validate, run, train, evaluate, submit."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from orchestrator.commands import console, options
+from orchestrator.errors import InputError
+
+if TYPE_CHECKING:
+    from orchestrator.config import JobConfig
+
+Promote = Annotated[bool, typer.Option("--promote", help="Move the alias to the new version whatever it scores.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Forget the stages of this run that are done and start over.")]
+
+
+def init(
+    task: Annotated[str | None, typer.Option(help="The task; `orchestrator tasks` lists them.", show_default=False)] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Your data: columns and labels are guessed from it. Without it: example data.", show_default=False
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="JOB", help="The file to write.")] = Path("job.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the file instead of writing it.")] = False,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Write a first job file, with comments."""
+    with console.command(verbose=verbose, json=json) as out:
+        from orchestrator import scaffold
+
+        text = scaffold.new(task, data, output)
+        if dry_run:
+            out.text(text)
+        else:
+            scaffold.write(output, text, force=force)
+            out.text(f"{output} is written. Next: orchestrator validate {output}")
+        out.result({"status": "dry-run" if dry_run else "done", "job": str(output)})
+
+
+def validate(
+    job: options.Job,
+    assignments: options.Assignments = None,
+    storage: options.JobStorage = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Check a job in seconds: keys, columns, model, and whether it fits this machine."""
+    with console.command(verbose=verbose, json=json) as output:
+        resolved = resolve(job, assignments, storage)
+        from orchestrator import preflight
+
+        checks = preflight.check(resolved)
+        console.show_checks(output, checks)
+        wrong = [check.sentence for check in checks if check.ok is False]
+        if wrong:
+            raise InputError("\n".join(wrong))
+        output.result({"status": "done", "run": resolved.run_id, "checks": [console.check_json(check) for check in checks]})
+
+
+def run(
+    job: options.Job,
+    assignments: options.Assignments = None,
+    keep_serving: Annotated[bool, typer.Option("--keep-serving", help="Leave the endpoint up until Ctrl-C.")] = False,
+    promote: Promote = False,
+    fresh: Fresh = False,
+    storage: options.JobStorage = None,
+    address: options.Ray = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Run all stages: prepare, train, evaluate, register, deploy. A run that died goes on from where it was."""
+    _stages(
+        job, assignments, storage, dry_run, json, verbose,
+        until="deploy", keep_serving=keep_serving, promote=promote, fresh=fresh, address=address,
+    )  # fmt: skip
+
+
+def train(
+    job: options.Job,
+    assignments: options.Assignments = None,
+    fresh: Fresh = False,
+    storage: options.JobStorage = None,
+    address: options.Ray = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Prepare and train, and stop there."""
+    _stages(job, assignments, storage, dry_run, json, verbose, until="train", fresh=fresh, address=address)
+
+
+def evaluate(
+    job: options.Job,
+    assignments: options.Assignments = None,
+    storage: options.JobStorage = None,
+    address: options.Ray = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Score a job's model with the predictor that is served; trains first where that is not done."""
+    _stages(job, assignments, storage, dry_run, json, verbose, until="evaluate", address=address)
+
+
+def resolve(file: Path, assignments: list[str] | None, storage: str | None) -> JobConfig:
+    """The job in `file`. Its storage: `--storage`, else the job's, else ORCHESTRATOR_STORAGE, else ./runs."""
+    from orchestrator.config import load
+
+    job = load(file, assignments, storage=storage)
+    default = os.environ.get("ORCHESTRATOR_STORAGE")
+    return load(file, assignments, storage=default) if default and "storage" not in job.model_fields_set else job
+
+
+def write_resolved(job: JobConfig, output: console.Output) -> None:
+    """What `--dry-run` does: the resolved job in its run's folder, and where that is."""
+    from orchestrator.storage import Folder
+
+    place = Folder(job.storage) / job.run_id / "job.json"
+    place.write_json(job.to_json())
+    output.display.say(f"Nothing was run. The resolved job is in {place}.")
+    output.result({"status": "dry-run", "run": job.run_id, "run_dir": str(Folder(job.storage) / job.run_id), "job": str(place)})
+
+
+def _stages(
+    file: Path,
+    assignments: list[str] | None,
+    storage: str | None,
+    dry_run: bool,
+    json: bool,
+    verbose: bool,
+    *,
+    until: Literal["train", "evaluate", "deploy"],
+    address: str | None,
+    keep_serving: bool = False,
+    promote: bool = False,
+    fresh: bool = False,
+) -> None:
+    with console.command(verbose=verbose, json=json) as output:
+        job = resolve(file, assignments, storage)
+        if dry_run:
+            write_resolved(job, output)
+            return
+        from orchestrator.storage import Folder
+
+        folder = Folder(job.storage) / job.run_id
+        if folder.is_local:
+            output.log_dir = Path(folder.path)
+        result: dict[str, Any] = importlib.import_module("jobs.pipeline").main(
+            job,
+            until=until,
+            promote=promote,
+            keep_serving=keep_serving,
+            fresh=fresh,
+            display=output.display,
+            verbose=verbose,
+            address=address,
+        )
+        output.display.close()
+        output.result({"status": "done", **result})
