@@ -165,7 +165,14 @@ class Task(Schema):
         raise NotImplementedError
 
     def rows_from(self, inputs: Any) -> list[Row]:
-        """The rows in the `inputs` of a Hugging Face Inference request; `InputError` where they don't fit."""
+        """The clean rows in the `inputs` of a Hugging Face Inference request; `InputError` where they don't fit.
+
+        Raised from a `RowError` it means well-formed inputs that cannot be used, such as an empty text.
+        """
+        raise NotImplementedError
+
+    def inputs_from(self, row: Row) -> Any:
+        """The `inputs` that ask for one row: `rows_from(inputs_from(row))` is this row without its targets."""
         raise NotImplementedError
 
     def answer(self, predictions: Sequence[Prediction], parameters: Any, *, single: bool) -> Any:
@@ -175,6 +182,10 @@ class Task(Schema):
     def answer_schema(self) -> dict[str, Any]:
         """JSON Schema of what `answer` returns."""
         raise NotImplementedError
+
+    def answer_difference(self, one: Any, other: Any) -> float:
+        """The largest difference between numbers of two answers to the same request; inf where they say different things."""
+        return largest_difference(one, other)
 
 
 def close(one: Any, other: Any, tolerance: float) -> bool:

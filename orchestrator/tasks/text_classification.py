@@ -400,7 +400,11 @@ class TextClassification(Task):
         try:
             return self.clean(row)
         except RowError as error:
-            raise InputError(f"`{where}`: expected {error.expected}, found {_short(error.found)}.") from None
+            raise InputError(f"`{where}`: expected {error.expected}, found {_short(error.found)}.") from error
+
+    def inputs_from(self, row: Row) -> Any:
+        """The text, or `{"text": …, "text_pair": …}` where the row has a pair."""
+        return {"text": row["text"], "text_pair": row["text_pair"]} if row.get("text_pair") is not None else row["text"]
 
     def answer(self, predictions: Sequence[Prediction], parameters: Any, *, single: bool) -> Any:
         """`[[{label, score}, …], …]`, likeliest first: a list a row also for one row, as Hugging Face clients need it."""
@@ -425,6 +429,11 @@ class TextClassification(Task):
             "additionalProperties": False,
         }
         return {"type": "array", "items": {"type": "array", "items": one, "minItems": 1}}
+
+    def answer_difference(self, one: Any, other: Any) -> float:
+        """Label by label: labels whose scores are almost equal may stand in either order."""
+        by_label = [[{entry["label"]: entry["score"] for entry in entries} for entries in answers] for answers in (one, other)]
+        return largest_difference(*by_label)
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------
