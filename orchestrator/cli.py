@@ -14,7 +14,7 @@ import typer
 from orchestrator.commands import about, cluster, job, model
 from orchestrator.commands.console import command, errors_to_exit_status
 from orchestrator.errors import InputError
-from orchestrator.progress import display
+from orchestrator.terminal import display
 
 __all__ = ["app", "command", "display", "errors_to_exit_status", "main"]
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import io
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, Self, TextIO
-
-if TYPE_CHECKING:
-    from orchestrator.terminal import Terminal
+from typing import Protocol, Self, TextIO
 
 Clock = Callable[[], float]
 
@@ -44,21 +38,6 @@ class Silent:
     def say(self, sentence: str) -> None: ...
     def warn(self, sentence: str) -> None: ...
     def step(self, done: float, total: float | None, unit: str = "steps", **fields: float | str) -> None: ...
-
-
-def display(*, verbose: bool = False, json: bool = False) -> Plain | Terminal:
-    """The display that fits where the output goes, a context manager: closing it ends the last stage.
-
-    With `json` it writes to standard error, because the last line of standard output is the result. With `verbose` it
-    is plain even on a terminal: moving lines and the libraries' own output would write over each other.
-    """
-    stream: TextIO | None = sys.stderr if json else sys.stdout
-    terminal = stream is not None and not stream.closed and stream.isatty() and os.environ.get("TERM") != "dumb"
-    if not terminal or verbose:
-        return Plain(_own(stream))
-    from orchestrator.terminal import Terminal
-
-    return Terminal(_own(stream))
 
 
 class Pace:
@@ -251,17 +230,3 @@ def clean(text: str) -> str:
 
 def lines(sentence: str) -> list[str]:
     return [clean(line) for line in str(sentence).splitlines()] or [""]
-
-
-def _own(stream: TextIO | None) -> TextIO | None:
-    """A copy of `stream` of our own, so that sending standard output to a log file doesn't take the display along.
-
-    Unbuffered: a reader that went away is noticed at the line, not when Python exits.
-    """
-    if stream is None:
-        return None
-    try:
-        copy = os.dup(stream.fileno())
-    except (OSError, ValueError):  # not a real file, for example captured in a test
-        return stream
-    return io.TextIOWrapper(io.FileIO(copy, "w"), encoding=stream.encoding, errors="replace", write_through=True)

@@ -1,7 +1,10 @@
-"""The display on a terminal, drawn with Rich. Imported only where there is one."""
+"""The display on a terminal, drawn with Rich, and the choice between it and plain lines."""
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +18,20 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.progress import Clock, Now, Stages, duration, lines
+from orchestrator.progress import Clock, Now, Plain, Stages, duration, lines
+
+
+def display(*, verbose: bool = False, json: bool = False) -> Plain | Terminal:
+    """The display that fits where the output goes, a context manager: closing it ends the last stage.
+
+    With `json` it writes to standard error, because the last line of standard output is the result. With `verbose` it
+    is plain even on a terminal: moving lines and the libraries' own output would write over each other.
+    """
+    stream: TextIO | None = sys.stderr if json else sys.stdout
+    terminal = stream is not None and not stream.closed and stream.isatty() and os.environ.get("TERM") != "dumb"
+    if not terminal or verbose:
+        return Plain(_own(stream))
+    return Terminal(_own(stream))
 
 
 class Terminal(Stages):
@@ -98,3 +114,17 @@ class Terminal(Stages):
 
 def _indented(said: tuple[tuple[str, str], ...]) -> list[Any]:
     return [Padding(Text(line, style=style), (0, 0, 0, 4)) for line, style in said]
+
+
+def _own(stream: TextIO | None) -> TextIO | None:
+    """A copy of `stream` of our own, so that sending standard output to a log file doesn't take the display along.
+
+    Unbuffered: a reader that went away is noticed at the line, not when Python exits.
+    """
+    if stream is None:
+        return None
+    try:
+        copy = os.dup(stream.fileno())
+    except (OSError, ValueError):  # not a real file, for example captured in a test
+        return stream
+    return io.TextIOWrapper(io.FileIO(copy, "w"), encoding=stream.encoding, errors="replace", write_through=True)

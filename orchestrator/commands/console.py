@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from orchestrator.errors import InputError, StageError
-from orchestrator.progress import clean, display
+from orchestrator.progress import clean
+from orchestrator.terminal import display
 
 if TYPE_CHECKING:
     from orchestrator.doctor import Check
