@@ -1,0 +1,208 @@
+"""Rows out of files: which files, what columns they have, which column is which role, and reading them with Ray Data."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from orchestrator.config import DataSection
+from orchestrator.data import files as _files
+from orchestrator.data.files import SourceFile
+from orchestrator.data.readers import BadRow, records
+from orchestrator.errors import InputError, did_you_mean, nearest
+from orchestrator.tasks.base import Column
+
+if TYPE_CHECKING:
+    import ray.data
+
+TASK_BYTES = 16_000_000
+"""Small files are read together, by tasks of about so much; a larger file is one task."""
+BLOCK_BYTES = 8_000_000
+"""Text in a block that `read` yields, roughly."""
+
+
+@dataclass(frozen=True)
+class Peek:
+    """The beginning of a split."""
+
+    columns: tuple[str, ...]
+    rows: tuple[dict[str, Any], ...]
+    """The first rows that can be read."""
+    bad: tuple[str, ...]
+    """A sentence for each row among them that can't be read."""
+    format: str
+    files: tuple[SourceFile, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files, as stored."""
+        return sum(file.size for file in self.files)
+
+
+def peek(section: DataSection, split: str = "train", rows: int = 200, *, found: Mapping[str, list[SourceFile]] | None = None) -> Peek:
+    """The first rows and the columns of a split, without Ray, in the time it takes to read them.
+
+    `found`: what `files.find` said, if it has been asked. Raises `InputError` where there are no files, no rows, or none that can be read.
+    """
+    found = found or _files.find(section)
+    if split not in found:
+        raise InputError(f"data.{split} names no files.")
+    files = found[split]
+    good: list[dict[str, Any]] = []
+    bad: list[str] = []
+    for file in files:
+        for number, values in itertools.islice(records(file, section), rows - len(good) - len(bad)):
+            if isinstance(values, BadRow):
+                bad.append(describe(file.name, number, values.column, values.expected, values.found))
+            else:
+                good.append(values)
+        if len(good) + len(bad) >= rows:
+            break
+    if not good:
+        raise InputError(
+            f"data.{split}: none of the first {len(bad)} rows can be read.\n" + "\n".join(bad[:3]) if bad else no_rows(split, files)
+        )
+    columns = tuple(dict.fromkeys(name for row in good for name in row))
+    return Peek(columns, tuple(good), tuple(bad), files[0].format, tuple(files))
+
+
+def no_rows(split: str, files: Sequence[SourceFile]) -> str:
+    """The sentence for a split whose files hold nothing."""
+    if len(files) == 1:
+        return f"data.{split}: {files[0].name} has no rows."
+    return f"data.{split}: none of the {len(files)} files has a row, from {files[0].name} to {files[-1].name}."
+
+
+def describe(file: str, number: int, column: str | None, expected: str, found: Any) -> str:
+    """One bad row as a sentence."""
+    shown = found if isinstance(found, str) and column is None else repr(found)
+    shown = shown if len(shown) <= 120 else f"{shown[:120]}…"
+    return f"{file}, row {number}{f', column {column!r}' if column else ''}: expected {expected}, found {shown}."
+
+
+def map_columns(
+    section: DataSection, roles: Mapping[str, Column], columns: Sequence[str], where: str = "data.train", *, targets: bool = True
+) -> dict[str, str]:
+    """Role -> column of the files, for the roles that have one; `targets=False` asks for no target column (prediction).
+
+    Raises `InputError` where a column is missing, with the columns there are and the line that would put it right.
+    """
+    if unknown := [role for role in section.columns if role not in roles]:
+        raise InputError(f"data.columns: the task has no role {unknown[0]!r}.{did_you_mean(unknown[0], roles)}")
+    mapping: dict[str, str] = {}
+    for role, column in roles.items():
+        name = section.columns.get(role, role)
+        needed = column.required or role in section.columns
+        if column.target and not targets:
+            needed = False
+        if name in columns:
+            mapping[role] = name
+        elif needed:
+            raise _no_column(section, where, role, column, name, columns)
+    return mapping
+
+
+def _no_column(section: DataSection, where: str, role: str, column: Column, name: str, columns: Sequence[str]) -> InputError:
+    ranked = nearest(name, columns)
+    listed = ", ".join(map(repr, ranked[:12])) + (f" and {len(ranked) - 12} more" if len(ranked) > 12 else "")
+    what = f"the role {role!r}" + (f" ({column.help})" if column.help else "")
+    message = f"{where}: there is no column {name!r} for {what}. The columns are {listed}."
+    separator = next((sign for sign in ";\t|" if sign in columns[0]), None) if len(columns) == 1 else None
+    if separator is not None and section.delimiter is None:
+        return InputError(f"{message} They look separated by {separator!r}: set data.delimiter: {separator!r}.")
+    guess = ranked[0]
+    if difflib.SequenceMatcher(None, name.lower(), guess.lower()).ratio() < 0.5:
+        taken = {section.columns.get(other, other) for other in section.columns if other != role}
+        guess = next((other for other in columns if other not in taken), guess)
+    return InputError(f"{message} Say which it is, for example data.columns: {{{role}: {guess}}}, or --set data.columns.{role}={guess}.")
+
+
+# ---- with Ray Data -------------------------------------------------------------------------------------------
+def read(section: DataSection, split: str = "train") -> ray.data.Dataset:
+    """A split's rows as a Ray Data set: the files' columns, `row_id`, and `_bad`, in blocks of bounded size.
+
+    `row_id` is "file.csv:17". `_bad` is null, or for a row that can't be read a JSON object with column, expected and
+    found (its columns are null). A column whose values are of several kinds comes as JSON text. `InputError`s within a
+    file are raised by the task that reads it.
+    """
+    from orchestrator.data.datasource import read_tasks
+
+    found = _files.find(section)
+    if split not in found:
+        raise InputError(f"data.{split} names no files.")
+    files = found[split]
+    work = [_Blocks(section, tuple(some)) for some in tasks_of(files)]
+    return read_tasks("Files", work, here=any(file.is_local for file in files))
+
+
+def tasks_of(files: Sequence[SourceFile]) -> list[list[SourceFile]]:
+    """Files in order, cut into what one task reads."""
+    tasks: list[list[SourceFile]] = []
+    size = TASK_BYTES
+    for file in files:
+        if size >= TASK_BYTES:
+            tasks.append([])
+            size = 0
+        tasks[-1].append(file)
+        size += file.size * (4 if file.compression else 1)
+    return tasks
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    section: DataSection
+    files: tuple[SourceFile, ...]
+
+    def __call__(self) -> Iterator[pa.Table]:
+        for file in self.files:
+            rows: list[tuple[int, dict[str, Any] | BadRow]] = []
+            size = 0
+            for number, values in records(file, self.section):
+                rows.append((number, values))
+                size += weight(values) if isinstance(values, dict) else 200
+                if size >= BLOCK_BYTES:
+                    yield self._table(file, rows)
+                    rows, size = [], 0
+            if rows:
+                yield self._table(file, rows)
+
+    def _table(self, file: SourceFile, rows: Sequence[tuple[int, dict[str, Any] | BadRow]]) -> pa.Table:
+        good = [values if isinstance(values, dict) else {} for _, values in rows]
+        columns = {
+            name: column([values.get(name) for values in good]) for name in dict.fromkeys(name for values in good for name in values)
+        }
+        bad = [json.dumps(vars(values), ensure_ascii=False) if isinstance(values, BadRow) else None for _, values in rows]
+        ids = [f"{file.name}:{number}" for number, _ in rows]
+        return pa.table({**columns, "row_id": pa.array(ids, pa.string()), "_bad": pa.array(bad, pa.string())})
+
+
+def column(values: Sequence[Any]) -> pa.Array:
+    """An Arrow column of any Python values; JSON text where they are of several kinds."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        texts = [
+            value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str) for value in values
+        ]
+        return pa.array(texts, pa.string())
+
+
+def weight(values: Mapping[str, Any]) -> int:
+    """About how many bytes a row is."""
+    return 32 + sum(_weight(value) for value in values.values())
+
+
+def _weight(value: Any) -> int:
+    if isinstance(value, (str, bytes)):
+        return 16 + len(value)
+    if isinstance(value, Mapping):
+        return weight(value)
+    if isinstance(value, Iterable):
+        return 16 + sum(map(_weight, value))
+    return 16
