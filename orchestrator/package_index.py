@@ -66,9 +66,7 @@ def fetch(package: str, archive: str, sha256: str, target: Path) -> None:
 def pip_settings() -> dict[str, str]:
     """pip's settings by name (`index-url`, `extra-index-url`, `find-links`, `cert`, `proxy`): files, then environment."""
     settings: dict[str, tuple[int, str]] = {}
-    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, timeout=60, check=False)
-    lines = listed.stdout.splitlines() if listed.returncode == 0 else []
-    found = [re.fullmatch(r"(:env:|[\w-]+)\.([\w-]+)=(.*)", line) for line in lines]
+    found = [re.fullmatch(r"(:env:|[\w-]+)\.([\w-]+)=(.*)", line) for line in _pip_config().splitlines()]
     entries = [(match[1], match[2], str(ast.literal_eval(match[3]))) for match in found if match]
     # Without pip (a uv environment has none) its environment variables still say where the index is.
     entries += [(":env:", key[4:].lower().replace("_", "-"), value) for key, value in os.environ.items() if key.startswith("PIP_")]
@@ -77,6 +75,11 @@ def pip_settings() -> dict[str, str]:
         if rank >= settings.get(key, (0, ""))[0]:
             settings[key] = (rank, value)
     return {key: value for key, (_, value) in settings.items()}
+
+
+def _pip_config() -> str:
+    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, timeout=60, check=False)
+    return listed.stdout if listed.returncode == 0 else ""
 
 
 def _certificates(settings: dict[str, str]) -> ssl.SSLContext | bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -52,7 +52,7 @@ def _must_stay() -> bool:
     return len(nodes) > 1 and any(node["NodeID"] == mine and node["Resources"].get("CPU", 0) >= 1 for node in nodes)
 
 
-def stream(name: str, work: Sequence[Work], *, here: bool) -> Iterator[dict[str, Any]]:
+def stream(name: str, work: Sequence[Work], *, here: bool) -> Generator[dict[str, Any], None, None]:
     """Runs `work` and yields the rows of its tables one by one as soon as they are there."""
     with DataContext.current(DataContext.get_current().copy()):
         context = DataContext.get_current()
