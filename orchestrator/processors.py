@@ -1,0 +1,38 @@
+"""Processors: what turns raw input into a model's numbers, by modality; from transformers, saved with the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.errors import InputError
+
+
+def load(base: str, modality: str, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """The tokenizer (text), image processor (image) or feature extractor and tokenizer (audio) of a local folder or hub id.
+
+    A tokenizer comes with a padding token: its own, else its end-of-text token. `InputError` where the model has no
+    such processor.
+    """
+    import transformers
+
+    classes = {"text": "AutoTokenizer", "image": "AutoImageProcessor", "audio": "AutoProcessor"}
+    try:
+        auto = getattr(transformers, classes[modality])
+    except KeyError:
+        raise ValueError(f"no processor for the modality {modality!r}") from None
+    options = {"revision": revision} if revision else {}
+    try:
+        processor = auto.from_pretrained(base, trust_remote_code=trust_remote_code, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        what = {"text": "tokenizer", "image": "image processor", "audio": "audio processor"}[modality]
+        raise InputError(f"model.base: the {what} of {base!r} can't be loaded: {_sentence(error)}") from error
+    if modality == "text" and processor.pad_token is None:
+        if processor.eos_token is None:
+            raise InputError(f"model.base: the tokenizer of {base!r} has neither a padding token nor an end-of-text token to pad with.")
+        processor.pad_token = processor.eos_token
+    return processor
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if text.endswith(".") else f"{text}."
