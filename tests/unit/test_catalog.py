@@ -52,7 +52,7 @@ def sdist(path: Path, files: dict[str, bytes]) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-RATED = "1_1\t-0.9\tno picture.\r\n1_2\t0.1\tit is a player.\r\n2_1\t1.5\tgreat, \"really\" great!"
+RATED = '1_1\t-0.9\tno picture.\r\n1_2\t0.1\tit is a player.\r\n2_1\t1.5\tgreat, "really" great!'
 
 
 @pytest.fixture
