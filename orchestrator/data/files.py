@@ -7,6 +7,7 @@ import fnmatch
 import json
 import os
 import posixpath
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -255,12 +256,9 @@ def _folder(section: DataSection, split: str, filesystem: pafs.FileSystem, prefi
         raise InputError(f"{where}: the folder {asked!r} has no files.")
     other = [info for info in files if section.format is None and _kind(info.base_name)[0] is None]
     if other:
-        example = next((info.base_name for info in files if _kind(info.base_name)[0]), None)
-        hint = (
-            f"a glob such as {asked.rstrip('/')}/*{posixpath.splitext(example)[1]}"
-            if example
-            else "the files, and their format with data.format"
-        )
+        endings = Counter(posixpath.splitext(info.base_name)[1] for info in files if _kind(info.base_name)[0])
+        usual = next((ending for ending, _ in endings.most_common(1)), None)
+        hint = f"a glob such as {asked.rstrip('/')}/*{usual}" if usual else "the files, and their format with data.format"
         raise InputError(f"{where}: in the folder {asked!r}, {_relative(other[0].path, path)!r} has no known format; name {hint}.")
     return [_found(section, where, prefix, info) for info in files]
 

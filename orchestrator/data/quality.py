@@ -55,7 +55,7 @@ def duplicates(
         one, other = _two_that_differ(order[begin : int(np.searchsorted(run, mixed[0], side="right"))], targets)
         ids = f"{where(one)} and {where(other)}"
         sentences.append(
-            f"{len(mixed):,} {'inputs stand' if len(mixed) != 1 else 'input stands'} with different labels on the same {text}, for example {ids}."
+            f"{len(mixed):,} {'inputs have' if len(mixed) != 1 else 'input has'} different labels in different rows, for example {ids}."
         )
     return sentences
 

