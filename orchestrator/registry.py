@@ -250,10 +250,9 @@ class Registry:
             check(self.address, self.storage)
         if self._is_own_file:
             self.storage.make()
-        _quiet_mlflow()
-        from mlflow.tracking import MlflowClient
-
         with self._errors():
+            from mlflow.tracking import MlflowClient
+
             return MlflowClient(tracking_uri=self.address, registry_uri=self.address)
 
     @property
@@ -265,6 +264,7 @@ class Registry:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
+        _quiet_mlflow()
         import sqlalchemy.exc
         from mlflow.exceptions import MlflowException
 
@@ -519,12 +519,13 @@ def _git() -> dict[str, str]:
 
 
 def _quiet_mlflow() -> None:
-    """MLflow and its migrations speak through logging; they may tell what is wrong. Telemetry stays off."""
+    """Settings that MLflow reads when it is imported: say only what is wrong, wait a short while, send no telemetry."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
