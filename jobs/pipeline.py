@@ -11,10 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs import validate
 from orchestrator import cluster, pipeline, preflight
 from orchestrator.config import JobConfig, load
 from orchestrator.progress import Display
 from orchestrator.records import DeployRecord, EvaluateRecord, PreparedData, RegisterRecord
+
+SHOWN = 3
+"""Test rows whose answers from the endpoint are shown."""
 
 
 def main(
@@ -34,7 +38,7 @@ def main(
     """
     run = pipeline.Run(job, display)
     display.stage("check")
-    preflight.require(job, serve=until == "deploy")
+    validate.require(job, serve=until == "deploy", address=address)
     run.open(fresh=fresh)
     with run.alone(), cluster.session(address, log_dir=run.log_dir, verbose=verbose) as session:
         preflight.require_resources(job, session.nodes())
@@ -59,15 +63,16 @@ class Deployment:
             registered.bundle, job.serving, name=registered.name, version=registered.version, display=self.display
         )
         split = "validation" if evaluated.predictions.get("validation") else "test"
-        rows, predictions = read_predictions(evaluated.predictions[split], limit=job.serving.replay_rows)
-        task = prepared.task
-        key = app.a_key(job.serving)
-        replayed = replay.replay(self.endpoint.url, task, rows, predictions, job.serving.tolerance, api_key=key)
+        entries = read_predictions(evaluated.predictions[split], limit=job.serving.replay_rows)
+        rows, predictions = [{"row_id": entry["row_id"], **entry["row"]} for entry in entries], [entry["prediction"] for entry in entries]
+        task, key, url = prepared.task, app.a_key(job.serving), self.endpoint.url
+        replayed = replay.replay(url, task, rows, predictions, job.serving.tolerance, api_key=key)
         self.display.say(
             f"{replayed.rows} {split} rows answered over HTTP as offline (largest difference {replayed.largest_difference:.1e})"
         )
-        for row, answer in replay.ask(self.endpoint.url, task, read_predictions(evaluated.predictions["test"], limit=3)[0], api_key=key):
-            self.display.say(f"{row} -> {answer}")
+        unseen = read_predictions(evaluated.predictions.get("test") or evaluated.predictions[split], limit=SHOWN)
+        for inputs, answer in replay.ask(url, task, [entry["row"] for entry in unseen], api_key=key):
+            self.display.say(f"{json.dumps(inputs, ensure_ascii=False)}\n  {json.dumps(answer, ensure_ascii=False)}")
         return DeployRecord(
             url=self.endpoint.url,
             model=registered.name,
@@ -93,12 +98,13 @@ def _run_file(
     fresh: Annotated[bool, typer.Option(help="Forget the stages that are done.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose")] = False,
 ) -> None:
-    from orchestrator import cli
+    from orchestrator.commands import console
 
-    with cli.errors_to_exit_status(verbose=verbose):
+    with console.command(verbose=verbose, json=True) as output:
         job = load(job_file)
-        result = main(job, until=until, promote=promote, fresh=fresh, display=cli.display(verbose=verbose), verbose=verbose)  # type: ignore[arg-type]
-        print(json.dumps({"status": "done", **result}))  # noqa: T201 - the job's result is its last line
+        result = main(job, until=until, promote=promote, fresh=fresh, display=output.display, verbose=verbose)  # pyright: ignore[reportArgumentType]
+        output.display.close()
+        output.result({"status": "done", **result})
 
 
 if __name__ == "__main__":

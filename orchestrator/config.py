@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -263,6 +264,8 @@ def digest(value: Any) -> str:
 def load(path: str | Path, assignments: list[str] | None = None, **top: Any) -> JobConfig:
     """The job in a YAML (or resolved JSON) file, with `--set` assignments; `top` sets top-level keys when not None.
 
+    Where neither says so, the storage is ORCHESTRATOR_STORAGE or ./runs; a local one becomes absolute.
+
     Relative data paths and model folders are taken from the job file's folder where they exist there, else from the
     working directory. Raises `InputError`.
     """
@@ -281,6 +284,7 @@ def load(path: str | Path, assignments: list[str] | None = None, **top: Any) -> 
         raise InputError(f"{file}: a job file has keys such as task, model and data; this one is {type(value).__name__}.")
     value = override(value, assignments or [])
     value.update({key: setting for key, setting in top.items() if setting is not None})
+    value.setdefault("storage", os.environ.get("ORCHESTRATOR_STORAGE") or "runs")
     value.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") or "job")
     job = JobConfig.parse(value, file.name)
     return _from_folder(job, file.resolve().parent)
@@ -291,11 +295,13 @@ def _from_folder(job: JobConfig, folder: Path) -> JobConfig:
         if "://" in path or Path(path).is_absolute():
             return path
         beside = folder / path
-        return str(beside) if beside.exists() or any(folder.glob(path)) else path
+        return str(beside) if beside.exists() or any(folder.glob(path)) else str(Path(path).absolute()) if Path(path).exists() else path
 
     def places(paths: str | list[str] | None) -> str | list[str] | None:
         return place(paths) if isinstance(paths, str) else [place(path) for path in paths] if paths else paths
 
     data = job.data.model_copy(update={key: places(getattr(job.data, key)) for key in ("train", "validation", "test")})
     model = job.model.model_copy(update={"base": place(job.model.base)} if (folder / job.model.base).is_dir() else {})
-    return job.model_copy(update={"data": data, "model": model})
+    # Workers run in folders of their own, so a relative storage would be another place for each.
+    storage = job.storage if "://" in job.storage else str(Path(job.storage).expanduser().absolute())
+    return job.model_copy(update={"data": data, "model": model, "storage": storage})

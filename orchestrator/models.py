@@ -75,6 +75,23 @@ def load(task: Task, section: ModelSection, *, precision: Precision, seed: int =
     return _with_adapters(model, section.lora, new) if section.lora else model
 
 
+def from_hub(section: ModelSection) -> dict[str, Any]:
+    """What every `from_pretrained` of a job's base model is told."""
+    revision = {} if section.revision is None else {"revision": section.revision}
+    return revision | ({"trust_remote_code": True} if section.trust_remote_code else {})
+
+
+@contextmanager
+def explained(task: Task, base: str) -> Iterator[None]:
+    """Turns what transformers says of a base model that it can't load into an `InputError` that says what would be right."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(_explain(error, task, base)) from error
+
+
 def merged(model: torch.nn.Module) -> torch.nn.Module:
     """The plain module, adapters merged into the weights that they adapt."""
     merge = getattr(model, "merge_and_unload", None)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -74,8 +77,6 @@ class Run:
                     "wait for it, stop it, or change the job."
                 ) from None
             lock.truncate(0)
-            import os
-
             lock.write(str(os.getpid()))
             lock.flush()
             yield
@@ -106,6 +107,10 @@ def run(run: Run, *, until: Until = "deploy", promote: bool = False, deploy: Dep
     job, display = run.job, run.display
     result: dict[str, Any] = {"run": job.run_id, "run_dir": str(run.folder), "timings": run.timings}
 
+    registry = Registry(job.registry.uri, run.storage) if until == "deploy" else None
+    if registry is not None:
+        registry.warm()
+
     display.stage("prepare")
     started = time.perf_counter()
     prepared = prepare(job, run.storage, display)
@@ -130,10 +135,9 @@ def run(run: Run, *, until: Until = "deploy", promote: bool = False, deploy: Dep
 
     evaluated = run.stage("evaluate", EvaluateRecord, [question, job.evaluation.to_json()], evaluate)
     result["metrics"] = evaluated.metrics
-    if until == "evaluate":
+    if registry is None:
         return result
 
-    registry = Registry(job.registry.uri, run.storage)
     inputs = [question, job.evaluation.to_json(), job.registry.to_json(), job.model_name, promote]
     registered = run.stage("register", RegisterRecord, inputs, lambda: _register(run, registry, prepared, trained, evaluated, promote=promote))
     display.say(f"{registered.name} version {registered.version}: {registered.reason}")
@@ -147,3 +151,49 @@ def run(run: Run, *, until: Until = "deploy", promote: bool = False, deploy: Dep
         (run.folder / "records" / "deploy.json").write_json({"record": deployed.to_json(), "seconds": run.timings["deploy"]})
         result["endpoint"] = deployed.to_json()
     return result
+
+
+def _register(
+    run: Run, registry: Registry, prepared: PreparedData, trained: TrainRecord, evaluated: EvaluateRecord, *, promote: bool
+) -> RegisterRecord:
+    """A version of the model, compared with the champion on the same test rows, where these differ by scoring it on them now."""
+    job = run.job
+    bundle = bundles.load(trained.bundle)
+    split = "test" if evaluated.predictions.get("test") else "validation"
+    rows = _fingerprint(evaluated.predictions[split])
+    champion_score = None
+    with contextlib.suppress(InputError):  # there is no champion yet
+        champion = registry.resolve(f"{job.model_name}@{job.registry.alias}")
+        if champion.tags.get("test_fingerprint") != rows and champion.bundle != trained.bundle and not promote:
+            champion_score = _score_champion(run, prepared, champion.bundle, split, bundle.task.objective)
+    return registry.register(
+        job,
+        bundle.task,
+        bundle=Folder(trained.bundle),
+        metrics=evaluated.metrics,
+        test_fingerprint=rows,
+        lineage={**bundle.lineage, "data_fingerprint": prepared.fingerprint},
+        run_dir=run.folder,
+        history=trained.history,
+        tables=evaluated.tables,
+        champion_score=champion_score,
+        promote=promote,
+    )
+
+
+def _score_champion(run: Run, prepared: PreparedData, bundle: str, split: str, objective: str) -> float | None:
+    run.display.say("the champion was scored on other rows: it is scored on these now")
+    try:
+        record = evaluation.evaluate(run.job, prepared, bundle, run.folder / "evaluation-of-champion", run.display)
+    except InputError as error:
+        run.display.warn(f"The champion can't be scored on these rows, so it stays where it is: {error}")
+        return None
+    return record.metrics[split].get(objective)
+
+
+def _fingerprint(predictions: str) -> str:
+    """Of the rows that were answered, targets included, whatever the answers."""
+    content = hashlib.sha256()
+    for entry in evaluation.read_predictions(predictions):
+        content.update(json.dumps(entry["row"], sort_keys=True).encode())
+    return content.hexdigest()

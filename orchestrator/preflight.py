@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.config import JobConfig
@@ -17,20 +16,15 @@ from orchestrator.storage import Folder
 GIB = 2**30
 
 
-def check(job: JobConfig, *, serve: bool = True) -> list[Check]:
+def check(job: JobConfig, *, serve: bool = True, embedded: bool = True) -> list[Check]:
     """All that can be known of a job without starting anything, in seconds. A check that failed has `ok=False`.
 
-    Without `serve` the registry and the endpoint are not looked at: nothing up to evaluation needs them.
+    Without `serve` the registry is not looked at: nothing up to evaluation needs it. Unless `embedded` the machine is not
+    either: a running cluster is asked once it is connected (`require_resources`).
     """
-    looks = {name: look for name, look in _LOOKS.items() if serve or name not in ("registry", "port", "auth")}
+    asked = {"registry": serve, "machine": embedded}
+    looks = {name: look for name, look in _LOOKS.items() if asked.get(name, True)}
     return [_outcome(name, look, job) for name, look in looks.items()]
-
-
-def require(job: JobConfig, *, serve: bool = True) -> None:
-    """Raises `InputError` with every sentence that `check` found wrong."""
-    wrong = [item.sentence for item in check(job, serve=serve) if item.ok is False]
-    if wrong:
-        raise InputError("\n".join(wrong))
 
 
 def require_resources(job: JobConfig, nodes: list[dict[str, float]]) -> None:
@@ -93,7 +87,19 @@ def _metrics(job: JobConfig) -> str:
 def _model(job: JobConfig) -> str:
     from orchestrator import models
 
-    return models.describe(job.task, job.model)
+    section = job.model
+    base = models.resolve(section.base, section.revision)
+    with models.explained(job.task, section.base):
+        job.task.check_base(base, **models.from_hub(section))
+    weights = _weight_bytes(job)
+    return f"{section.base}{f', {weights / 2**20:.0f} MiB of weights' if weights else ''}"
+
+
+def _weight_bytes(job: JobConfig) -> int:
+    """Of the base model where it is a local folder; 0 where that is not known before it is fetched."""
+    from orchestrator import models
+
+    return sum(file.stat().st_size for file in Path(models.resolve(job.model.base, job.model.revision)).glob("*.safetensors"))
 
 
 def _disk(job: JobConfig) -> str:
@@ -106,9 +112,7 @@ def _disk(job: JobConfig) -> str:
     if not os.access(place, os.W_OK):
         raise InputError(f"storage: {place} can't be written to by this user; set storage to a folder that can.")
     free = shutil.disk_usage(place).free
-    from orchestrator import models
-
-    weights = models.weight_bytes(job.model) or 0
+    weights = _weight_bytes(job)
     # Training state is weights + two Adam moments; the best, the kept and the one being written, and the bundle.
     need = 3 * weights * (job.checkpoint.keep + 2) + weights + 2**26
     if free < need:
@@ -117,16 +121,11 @@ def _disk(job: JobConfig) -> str:
 
 
 def _machine(job: JobConfig) -> str:
-    """Only for an embedded cluster: a running one is asked once connected (`require_resources`)."""
-    if os.environ.get("RAY_ADDRESS"):
-        return "a running cluster: checked when it is connected"
     import psutil
 
     cpus = os.cpu_count() or 1
     require_resources(job, [{"CPU": float(cpus), **_gpus()}])
-    from orchestrator import models
-
-    weights = models.weight_bytes(job.model) or 0
+    weights = _weight_bytes(job)
     workers = job.resources.num_workers if job.resources.num_workers != "auto" else 1
     # Per worker: fp32 weights, gradients, two Adam moments, and about as much again for activations and libraries.
     need = workers * (4 * weights * 1.25 + 0.7 * GIB)
@@ -139,43 +138,6 @@ def _machine(job: JobConfig) -> str:
 def _gpus() -> dict[str, float]:
     """GPUs by their device files: asking torch would cost seconds."""
     return {"GPU": float(len([name for name in os.listdir("/dev") if name.removeprefix("nvidia").isdigit()]))} if Path("/dev").is_dir() else {}
-
-
-def _port(job: JobConfig) -> str:
-    host, port = job.serving.host, job.serving.port
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise InputError(
-                f"serving.port: {host}:{port} can't be used ({error.strerror}); choose another with --set serving.port={_free_port(host, port)}."
-            ) from None
-    return f"{host}:{port} is free"
-
-
-def _free_port(host: str, above: int) -> int:
-    return next(_free_ports(host, above), 0)
-
-
-def _free_ports(host: str, above: int) -> Iterator[int]:
-    for port in range(above + 1, min(above + 100, 65536)):
-        with socket.socket() as probe:
-            if probe.connect_ex((host, port)):
-                yield port
-
-
-def _auth(job: JobConfig) -> str:
-    loopback = job.serving.host in ("127.0.0.1", "localhost", "::1")
-    if job.serving.auth == "none":
-        return "open to everybody who reaches it" if not loopback else "open, on loopback only"
-    if job.serving.auth != "auto" and not Path(job.serving.auth).is_file():
-        raise InputError(f"serving.auth: there is no key file {job.serving.auth!r}.")
-    if not loopback and job.serving.auth == "auto" and not os.environ.get("ORCHESTRATOR_API_KEYS"):
-        raise InputError(
-            f"serving.host: {job.serving.host} is reachable from outside and there is no API key; set ORCHESTRATOR_API_KEYS, name a key file in serving.auth, or say auth: none."
-        )
-    return "API key" if job.serving.auth != "auto" or os.environ.get("ORCHESTRATOR_API_KEYS") else "open, on loopback only"
 
 
 def _registry(job: JobConfig) -> str:
@@ -191,6 +153,4 @@ _LOOKS: dict[str, Callable[[JobConfig], str]] = {
     "machine": _machine,
     "disk": _disk,
     "registry": _registry,
-    "port": _port,
-    "auth": _auth,
 }

@@ -133,7 +133,7 @@ def _start(section: ServingSection, display: Display) -> str:
                 auth.keys(section.model_copy(update={"host": running.host or "0.0.0.0"}))
         return _reachable(running.host or "0.0.0.0", running.port)
 
-    _require_free_port(section)
+    require_free(section)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     environment = haproxy.environment()
     if environment and len(nodes) > 1 and auth.is_loopback(section.host):
@@ -149,7 +149,7 @@ def _start(section: ServingSection, display: Display) -> str:
     return _reachable(section.host, section.port)
 
 
-def _require_free_port(section: ServingSection) -> None:
+def require_free(section: ServingSection) -> None:
     """`InputError` that names who has the port; only what this machine sees, which is where the driver and the head are."""
     host = "127.0.0.1" if section.host == "localhost" else section.host
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

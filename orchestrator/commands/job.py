@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -56,9 +55,7 @@ def validate(
     """Check a job in seconds: keys, columns, model, and whether it fits this machine."""
     with console.command(verbose=verbose, json=json) as output:
         resolved = resolve(job, assignments, storage)
-        from orchestrator import preflight
-
-        checks = preflight.check(resolved)
+        checks = importlib.import_module("jobs.validate").main(resolved)
         console.show_checks(output, checks)
         wrong = [check.sentence for check in checks if check.ok is False]
         if wrong:
@@ -116,9 +113,7 @@ def resolve(file: Path, assignments: list[str] | None, storage: str | None) -> J
     """The job in `file`. Its storage: `--storage`, else the job's, else ORCHESTRATOR_STORAGE, else ./runs."""
     from orchestrator.config import load
 
-    job = load(file, assignments, storage=storage)
-    default = os.environ.get("ORCHESTRATOR_STORAGE")
-    return load(file, assignments, storage=default) if default and "storage" not in job.model_fields_set else job
+    return load(file, assignments, storage=storage)
 
 
 def write_resolved(job: JobConfig, output: console.Output) -> None:

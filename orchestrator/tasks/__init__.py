@@ -27,8 +27,13 @@ def task_class(name: str) -> type[Task]:
         raise InputError(f"task: the module {module_name!r} has no {class_name!r}.") from None
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise InputError(f"task: {name!r} is not a Task: it must be a subclass of orchestrator.tasks.base.Task.")
-    found.key = name
     return found
+
+
+def name_of(task: type[Task]) -> str:
+    """The name by which `task_class` finds a class, in any process."""
+    place = f"{task.__module__}:{task.__qualname__}"
+    return next((name for name, target in TASKS.items() if target == place), place)
 
 
 def create(value: Any) -> Task:

@@ -57,10 +57,15 @@ class Parameters(Schema):
 class Task(Schema):
     """Base of all tasks. Subclasses are named by the key they have in `TASKS` or by `module:Class`."""
 
-    key: ClassVar[str] = ""
-    """Name in the `task:` section; for a task outside the product `my_pkg.my_task:MyTask`, set when it is loaded."""
     modality: ClassVar[Literal["text", "image", "audio"]] = "text"
     parameters: ClassVar[type[Parameters]] = Parameters
+
+    @property
+    def key(self) -> str:
+        """Its name in the `task:` section; of a task from outside the product `my_pkg.my_task:MyTask`."""
+        from orchestrator.tasks import name_of
+
+        return name_of(type(self))
 
     @model_serializer(mode="wrap")
     def _with_name(self, handler: Any) -> dict[str, Any]:
@@ -107,6 +112,9 @@ class Task(Schema):
         raise NotImplementedError
 
     # ---- model -----------------------------------------------------------------------------------------------
+    def check_base(self, base: str, **from_hub: Any) -> None:
+        """Raises `InputError` where the base model (local folder or hub id) can't do this task; reads its config, no weights."""
+
     def model(self, base: str, **options: Any) -> torch.nn.Module:
         """The module to train, from a local folder or hub id; `options` go to `from_pretrained`."""
         raise NotImplementedError

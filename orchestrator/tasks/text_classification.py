@@ -265,14 +265,10 @@ class TextClassification(Task):
         return batch
 
     # ---- model -----------------------------------------------------------------------------------------------
-    def model(self, base: str, **options: Any) -> torch.nn.Module:
-        """`AutoModelForSequenceClassification` with this task's labels; a head for other labels is replaced by a fresh one.
+    def check_base(self, base: str, **from_hub: Any) -> Any:
+        """The config of the base model. Raises `InputError` where it has no such head or fewer positions than `max_length`."""
+        from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
 
-        Raises `InputError` where the base model has no such head or fewer positions than `max_length`.
-        """
-        from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForSequenceClassification
-
-        from_hub = {key: options[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in options}
         config = AutoConfig.from_pretrained(base, **from_hub)
         remote = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
         if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not remote:
@@ -283,6 +279,17 @@ class TextClassification(Task):
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         if self.max_length is not None and positions and self.max_length > positions:
             raise InputError(f"task.max_length is {self.max_length}, but the base model {base!r} has only {positions} positions.")
+        return config
+
+    def model(self, base: str, **options: Any) -> torch.nn.Module:
+        """`AutoModelForSequenceClassification` with this task's labels; a head for other labels is replaced by a fresh one.
+
+        Raises `InputError` where the base model has no such head or fewer positions than `max_length`.
+        """
+        from transformers import AutoModelForSequenceClassification
+
+        from_hub = {key: options[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in options}
+        config = self.check_base(base, **from_hub)
         config.id2label = dict(enumerate(self._names))
         config.label2id = {name: place for place, name in enumerate(self._names)}
         config.problem_type = {"single-label": "single_label_classification", "multi-label": "multi_label_classification"}.get(

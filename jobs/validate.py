@@ -1,0 +1,40 @@
+"""Does a job fit its data, this machine and its endpoint? What `orchestrator validate JOB` runs, and every job first."""
+
+from __future__ import annotations
+
+import os
+
+from orchestrator import preflight
+from orchestrator.config import JobConfig
+from orchestrator.doctor import Check
+from orchestrator.errors import InputError
+
+
+def main(job: JobConfig, *, serve: bool = True, address: str | None = None) -> list[Check]:
+    """All that can be known without starting anything, in seconds; a check that failed has `ok=False`.
+
+    Without `serve` registry and endpoint are left out: nothing up to evaluation needs them.
+    """
+    embedded = not (address or os.environ.get("RAY_ADDRESS"))
+    checks = preflight.check(job, serve=serve, embedded=embedded)
+    return [*checks, _endpoint(job, embedded=embedded)] if serve else checks
+
+
+def require(job: JobConfig, *, serve: bool = True, address: str | None = None) -> None:
+    """Raises `InputError` with every sentence that `main` found wrong."""
+    wrong = [check.sentence for check in main(job, serve=serve, address=address) if check.ok is False]
+    if wrong:
+        raise InputError("\n".join(wrong))
+
+
+def _endpoint(job: JobConfig, *, embedded: bool) -> Check:
+    from serving import app, auth
+
+    section = job.serving
+    try:
+        keys = auth.keys(section)
+        if embedded:  # a running cluster may serve at this address already
+            app.require_free(section)
+    except InputError as error:
+        return Check("endpoint", False, str(error))
+    return Check("endpoint", True, f"{section.host}:{section.port}, {f'{len(keys)} API keys' if keys else 'open'}")
