@@ -90,10 +90,11 @@ class Now:
 class Stages:
     """What both displays know: the stage, when it began, its moving line and how long each stage took."""
 
-    def __init__(self, clock: Clock = time.monotonic):
+    def __init__(self, clock: Clock = time.monotonic, *, owned: TextIO | None = None):
         self.timings: dict[str, float] = {}
         """Seconds that each stage took so far; a stage that came twice counts both times."""
         self._clock = clock
+        self._owned = owned
         self._lock = threading.RLock()
         self._now: Now | None = None
         self._paces: dict[str, Pace] = {}
@@ -120,9 +121,12 @@ class Stages:
             self._on_step(self._now)
 
     def close(self, *, finished: bool = True) -> None:
-        """Ends the last stage; `finished` is false when it broke off."""
+        """Ends the last stage; `finished` is false when it broke off. Nothing is shown afterwards."""
         with self._lock:
             self._end(finished=finished)
+            self._mute()
+            if self._owned is not None:
+                self._owned.close()
 
     def __enter__(self) -> Self:
         return self
@@ -137,6 +141,7 @@ class Stages:
             self.timings[ended.name] = round(self.timings.get(ended.name, 0.0) + seconds, 3)
             self._on_end(ended, seconds, finished=finished)
 
+    def _mute(self) -> None: ...
     def _on_stage(self, now: Now) -> None: ...
     def _on_step(self, now: Now) -> None: ...
     def _on_end(self, ended: Now, seconds: float, *, finished: bool) -> None: ...
@@ -146,8 +151,8 @@ class Plain(Stages):
     """One line after another, for files, pipes and logs: no control characters, a line at least every five seconds of
     work or tenth of the way, and one that says what it is at every `heartbeat` seconds of silence."""
 
-    def __init__(self, stream: TextIO | None, *, clock: Clock = time.monotonic, heartbeat: float = 15.0):
-        super().__init__(clock)
+    def __init__(self, stream: TextIO | None, *, clock: Clock = time.monotonic, heartbeat: float = 15.0, owned: TextIO | None = None):
+        super().__init__(clock, owned=owned)
         self._stream = stream
         self._told = clock()
         self._tenth = -1
@@ -166,6 +171,9 @@ class Plain(Stages):
     def close(self, *, finished: bool = True) -> None:
         self._stop.set()
         super().close(finished=finished)
+
+    def _mute(self) -> None:
+        self._stream = None
 
     def _on_stage(self, now: Now) -> None:
         self._tenth = -1

@@ -29,16 +29,16 @@ def display(*, verbose: bool = False, json: bool = False) -> Plain | Terminal:
     """
     stream: TextIO | None = sys.stderr if json else sys.stdout
     terminal = stream is not None and not stream.closed and stream.isatty() and os.environ.get("TERM") != "dumb"
-    if not terminal or verbose:
-        return Plain(_own(stream))
-    return Terminal(_own(stream))
+    own = _own(stream)
+    owned = own if own is not stream else None
+    return Terminal(own, owned=owned) if terminal and not verbose else Plain(own, owned=owned)
 
 
 class Terminal(Stages):
     """The current stage as a block that moves; a stage that ended stays above it with a tick and its seconds."""
 
-    def __init__(self, stream: TextIO | None, *, clock: Clock = time.monotonic, **console: Any):
-        super().__init__(clock)
+    def __init__(self, stream: TextIO | None, *, clock: Clock = time.monotonic, owned: TextIO | None = None, **console: Any):
+        super().__init__(clock, owned=owned)
 
         class Quiet(Console):
             def on_broken_pipe(self) -> None:
@@ -69,6 +69,9 @@ class Terminal(Stages):
                 self._now = replace(self._now, said=self._now.said + said)
             else:
                 self._safely(self._console.print, *(Text(line, style=style) for line, _ in said), sep="\n")
+
+    def _mute(self) -> None:
+        self._console.quiet = True
 
     def _on_stage(self, now: Now) -> None:
         self._first = None
