@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.commands import console, options
-from orchestrator.commands.job import Fresh, Promote, resolve, write_resolved
+from orchestrator.commands.job import Fresh, Promote, write_resolved
 
 jobs = typer.Typer(help="Look after jobs on a Ray cluster.")
 JobId = Annotated[str, typer.Argument(metavar="ID", help="The id that `submit` printed.", show_default=False)]
@@ -26,7 +26,9 @@ def submit(
 ) -> None:
     """Run a job on a Ray cluster; the same job is not started twice."""
     with console.command(verbose=verbose, json=json) as output:
-        resolved = resolve(job, assignments, storage)
+        from orchestrator.config import load
+
+        resolved = load(job, assignments, storage=storage)
         if dry_run:
             write_resolved(resolved, output)
             return

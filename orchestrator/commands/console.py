@@ -120,12 +120,12 @@ def root_cause(error: BaseException) -> BaseException:
 def show_checks(output: Output, checks: Sequence[Check]) -> None:
     """A table of what was looked at, what didn't pass in red; a check whose `ok` is None could not be made."""
     marks = {True: ("ok", ""), False: ("wrong", "red"), None: ("unknown", "yellow")}
-    rows = [[check.name, marks[check.ok][0], check.sentence] for check in checks]
+    rows = [[check.name, marks[check.ok][0], "\n".join(filter(None, (check.sentence, check.fix)))] for check in checks]
     output.table(["checked", "", "found"], rows, [marks[check.ok][1] for check in checks])
 
 
 def check_json(check: Check) -> dict[str, Any]:
-    return {"name": check.name, "ok": check.ok, "sentence": check.sentence}
+    return {"name": check.name, "ok": check.ok, "sentence": check.sentence, "fix": check.fix}
 
 
 def finite(value: Any) -> Any:

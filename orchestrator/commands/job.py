@@ -49,6 +49,7 @@ def validate(
     job: options.Job,
     assignments: options.Assignments = None,
     storage: options.JobStorage = None,
+    address: options.Ray = None,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -109,13 +110,6 @@ def evaluate(
     _stages(job, assignments, storage, dry_run, json, verbose, until="evaluate", address=address)
 
 
-def resolve(file: Path, assignments: list[str] | None, storage: str | None) -> JobConfig:
-    """The job in `file`. Its storage: `--storage`, else the job's, else ORCHESTRATOR_STORAGE, else ./runs."""
-    from orchestrator.config import load
-
-    return load(file, assignments, storage=storage)
-
-
 def write_resolved(job: JobConfig, output: console.Output) -> None:
     """What `--dry-run` does: the resolved job in its run's folder, and where that is."""
     from orchestrator.storage import Folder
@@ -141,7 +135,9 @@ def _stages(
     fresh: bool = False,
 ) -> None:
     with console.command(verbose=verbose, json=json) as output:
-        job = resolve(file, assignments, storage)
+        from orchestrator.config import load
+
+        job = load(file, assignments, storage=storage)
         if dry_run:
             write_resolved(job, output)
             return
