@@ -151,10 +151,18 @@ def _comment(text: str) -> str:
 
 
 def _file(task: Any, name: str, base: str, data: Sequence[str]) -> str:
-    section = "\n".join(f"  {line}" for line in data)
+    said = {line.partition(":")[0] for line in data}
+    more = [f"  #{line}" for line in DATA_KEYS if line.partition(":")[0] not in said]
+    section = "\n".join([*(f"  {line}" for line in data), *more])
     return TEMPLATE.format(task=_scalar(task), name=_scalar(name), base=_scalar(base), data=section)
 
 
+DATA_KEYS = (
+    "validation: validation.csv    # files of its own; else a share of train",
+    "test: test.csv",
+    "split: {validation: 0.1, test: 0.1, seed: 42}",
+    "max_bad_rows: 0.01    # share of rows that may be unusable before the job stops",
+)
 TEMPLATE = """\
 # A job: orchestrator run FILE. Only task, model.base and data.train must be there; the rest has defaults.
 # A line behind a single # is a key that may be set; `orchestrator schema` knows them all.
@@ -170,10 +178,6 @@ model:
 
 data:
 {data}
-  #validation: validation.csv    # files of its own; else a share of train
-  #test: test.csv
-  #split: {{validation: 0.1, test: 0.1, seed: 42}}
-  #max_bad_rows: 0.01    # share of rows that may be unusable before the job stops
 
 training:
   num_train_epochs: 3

@@ -55,8 +55,10 @@ def validate(
 ) -> None:
     """Check a job in seconds: keys, columns, model, and whether it fits this machine."""
     with console.command(verbose=verbose, json=json) as output:
-        resolved = resolve(job, assignments, storage)
-        checks = importlib.import_module("jobs.validate").main(resolved)
+        from orchestrator.config import load
+
+        resolved = load(job, assignments, storage=storage)
+        checks = importlib.import_module("jobs.validate").main(resolved, address=address)
         console.show_checks(output, checks)
         wrong = [check.sentence for check in checks if check.ok is False]
         if wrong:
