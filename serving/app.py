@@ -83,6 +83,13 @@ def status() -> dict[str, dict[str, Any]]:
     }
 
 
+def delete(app_name: str) -> None:
+    """Takes one application down, after its requests are answered."""
+    from ray import serve
+
+    serve.delete(app_name)
+
+
 def shutdown() -> None:
     """Takes every endpoint of the connected cluster down, after its requests are answered."""
     from ray import serve
@@ -116,14 +123,13 @@ def _start(section: ServingSection, display: Display) -> str:
     """Starts Serve where it doesn't run; the address (host:port) to reach it at."""
     import ray
     from ray import serve
-    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
     try:
-        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        controller = _controller()
     except ValueError:
         controller = None
     if controller is not None:
-        running = ray.get(controller.get_http_config.remote(), timeout=30)
+        running: Any = ray.get(controller.get_http_config.remote(), timeout=30)
         if (running.host, running.port) != (section.host, section.port):
             display.warn(
                 f"Serve runs on this cluster already, at {running.host}:{running.port}; it stays there "
@@ -175,16 +181,16 @@ def _owner(port: int) -> str:
         pids = {
             connection.pid
             for connection in psutil.net_connections("tcp")
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+            if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port
         }
         pid = next(iter(pids - {None}), None)
         if pid is None:
             return ""
         process = psutil.Process(pid)
-        name, command, parent = process.name(), process.cmdline(), process.ppid()
+        name, parent = process.name(), process.ppid()
     except psutil.Error:
         return ""
-    if any("haproxy-serve" in part for part in command) and parent == 1:
+    if name == "haproxy" and parent == 1:
         return f" by an HAProxy that a killed Ray left behind (process {pid}; `kill {pid}` ends it)"
     return f" by process {pid} ({name})"
 
@@ -204,27 +210,28 @@ def _app_name(name: str) -> str:
 
 def _prefix(app_name: str, display: Display) -> str:
     """The path under which the application answers: what it has already, else / where that is free, else /NAME."""
-    from ray import serve
-
-    details = serve.status().applications
-    taken = {}
-    for other in details:
-        taken[other] = _route_prefix(other)
-    if taken.get(app_name):
-        return taken[app_name]
+    taken = {other: about.get("route_prefix") for other, about in details().get("applications", {}).items()}
+    if own := taken.get(app_name):
+        return own
     if "/" not in taken.values():
         return "/"
     display.say(f"The endpoint serves another model at /, so {app_name} answers under /{app_name}.")
     return f"/{app_name}"
 
 
-def _route_prefix(app_name: str) -> str | None:
+def details() -> dict[str, Any]:
+    """All that Serve's controller knows: applications, their deployments, and each replica's node and process."""
+    import ray
+
+    return ray.get(_controller().get_serve_instance_details.remote(), timeout=30)
+
+
+def _controller() -> Any:
+    """Serve's controller on the connected cluster; `ValueError` where Serve doesn't run."""
     import ray
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
-    controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-    details = ray.get(controller.get_serve_instance_details.remote(), timeout=30)
-    return (details.get("applications", {}).get(app_name) or {}).get("route_prefix")
+    return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
 
 
 def _run(spec: Spec, app_name: str, prefix: str) -> None:
@@ -246,7 +253,7 @@ def _run(spec: Spec, app_name: str, prefix: str) -> None:
             )
         }
     )
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         serve.ingress()(Replica),
         name="replica",
         ray_actor_options={"num_cpus": section.cpus_per_replica, "num_gpus": section.gpus_per_replica},

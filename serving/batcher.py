@@ -304,9 +304,11 @@ class Batcher:
             if item.job.missing == 0:
                 item.job.timings.inference = time.perf_counter() - item.job.started
                 finished.append(item.job)
-        if self._closed:
+        if not finished:
+            return
+        if self._closed or not self._queue:  # Nothing waits for the model, so a hop to the pool would only cost time.
             self._finish(finished)
-        elif finished:
+        else:
             self._pool.submit(self._finish, finished)
 
     def _isolate(self, items: list[_Item]) -> list[_Item]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.resources
 import logging
 import re
@@ -11,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
-from starlette.exceptions import HTTPException
+from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route as StarletteRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orchestrator.config import ServingSection
@@ -108,60 +108,50 @@ def request_id(scope: Scope) -> str:
 
 def build(model: ServedModel, *, adds_request_id: bool) -> ASGIApp:
     """The application. `adds_request_id`: nothing in front of it (as Ray Serve is) adds the X-Request-Id header to answers."""
-    app = FastAPI(
-        title=f"{model.name} {model.version_text}",
-        version=model.version_text,
-        openapi_url=None,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-    )
-    loaded = dialects.load()
-    spoken = []
-    default = loaded[0]
-    for dialect in loaded:
-        routes = dialect.routes(model)
-        spoken += [dialect.name] if routes else []
-        for route in routes:
-            _add(app, model, dialect, route)
-    model.info["dialects"] = spoken
-    for route in _operational(app, model):
-        _add(app, model, default, route)
+    spoken = {dialect: routes for dialect in dialects.load() if (routes := dialect.routes(model))}
+    default = next(iter(spoken))
+    model.info["dialects"] = [dialect.name for dialect in spoken]
+    routes = [(dialect, route) for dialect, routes in spoken.items() for route in routes]
+    routes += [(default, route) for route in _operational(model)]
+    routes += [(default, route) for route in _described(model, [route for _, route in routes])]
 
     async def refuse(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        if error.status_code == 405:
-            allowed = (error.headers or {}).get("Allow", "")
+        status = getattr(error, "status_code", 500)
+        if status == 405:
+            allowed = (getattr(error, "headers", None) or {}).get("Allow", "")
             problem = Problem(405, "method_not_allowed", f"{request.method} is not allowed here; {allowed} is.", {"Allow": allowed})
-        elif error.status_code == 404:
-            problem = Problem(404, "not_found", "There is nothing at this path; POST / predicts, GET /docs shows what there is.")
         else:
-            problem = Problem(error.status_code, "http", str(error.detail))
+            problem = Problem(404, "not_found", "There is nothing at this path; POST / predicts, GET /docs shows what there is.")
         return _failed(model, default, problem)
 
-    app.add_exception_handler(HTTPException, refuse)
-    return _Outermost(app, model, default, adds_request_id=adds_request_id)
+    by_path: dict[str, dict[str, tuple[Dialect, Route]]] = {}
+    for dialect, route in routes:
+        by_path.setdefault(route.path, {})[route.method] = (dialect, route)
+    app = Starlette(
+        routes=[_mounted(model, path, methods) for path, methods in by_path.items()], exception_handlers={404: refuse, 405: refuse}
+    )
+    app.router.redirect_slashes = False
+    return _Outermost(app, model, adds_request_id=adds_request_id)
 
 
-def _add(app: FastAPI, model: ServedModel, dialect: Dialect, route: Route) -> None:
+def _mounted(model: ServedModel, path: str, methods: dict[str, tuple[Dialect, Route]]) -> StarletteRoute:
     async def endpoint(request: Request) -> Response:
+        dialect, route = methods["GET" if request.method == "HEAD" else request.method]
         try:
             if not route.public:
                 model.keys.check(request.headers)
             return await route.handler(request)
         except Problem as problem:
             return _failed(model, dialect, problem)
+        except ClientDisconnect:
+            return Response(status_code=499)
+        except Exception:
+            id_ = request_id(request.scope)
+            logger.exception("request %s failed", id_)
+            sentence = f"The server failed to answer; its log has more under the request id {id_}."
+            return _failed(model, dialect, Problem(500, "internal", sentence))
 
-    app.add_api_route(
-        route.path,
-        endpoint,
-        methods=[route.method],
-        response_class=Response,
-        response_model=None,
-        include_in_schema=bool(route.operation),
-        openapi_extra={**route.operation, **({} if route.public or not model.keys else {"security": [{"key": []}]})},
-        operation_id=f"{dialect.name}_{route.method}_{re.sub(r'[^a-z]+', '_', route.path)}".lower(),
-    )
+    return StarletteRoute(path, endpoint, methods=list(methods), name=path)
 
 
 def _failed(model: ServedModel, dialect: Dialect, problem: Problem) -> Response:
@@ -171,9 +161,10 @@ def _failed(model: ServedModel, dialect: Dialect, problem: Problem) -> Response:
     return JSONResponse(dialect.error(problem), problem.status, headers=problem.headers)
 
 
-def _operational(app: FastAPI, model: ServedModel) -> list[Route]:
+def _operational(model: ServedModel) -> list[Route]:
     async def health(request: Request) -> Response:
-        await _healthy(model)
+        if model.unhealthy is not None:  # As Serve's health checks found it; asking costs nothing, so anyone may ask often.
+            raise Problem(503, "unhealthy", f"Not ready: {model.unhealthy}.", {"Retry-After": "5"})
         return JSONResponse({"status": "ok", "model": model.name, "version": model.version_text})
 
     async def live(request: Request) -> Response:
@@ -189,62 +180,47 @@ def _operational(app: FastAPI, model: ServedModel) -> list[Route]:
     async def metrics(request: Request) -> Response:
         return Response(model.metrics.text(), media_type=CONTENT_TYPE)
 
+    ready = {"200": {"description": "It can"}, "503": {"description": "It can't; the error says why"}}
+    return [
+        _get("/", health, "The same as /health", ready),
+        _get("/health", health, "Can it answer?", ready),
+        _get("/readyz", health, "The same as /health", ready),
+        _get("/livez", live, "Is the process there?"),
+        _get("/info", info, "Model, version, task and limits; with a key the lineage as well"),
+        _get("/metrics", metrics, "Prometheus metrics of the replica that answers"),
+    ]
+
+
+def _get(path: str, handler: Any, summary: str, responses: dict[str, Any] | None = None) -> Route:
+    operation = {"summary": summary, "tags": ["Operations"], "responses": responses or {"200": {"description": "OK"}}}
+    return Route(path, handler, operation, "GET", public=True)
+
+
+def _described(model: ServedModel, routes: Sequence[Route]) -> list[Route]:
+    """The routes that describe the others: OpenAPI, and a page made from it that needs no other server."""
+    title = f"{model.name} {model.version_text}"
+    spec: dict[str, Any] = {"openapi": "3.1.0", "info": {"title": title, "version": model.version_text}, "paths": {}}
+    for route in routes:
+        operation = route.operation if route.public or not model.keys else {**route.operation, "security": [{"key": []}]}
+        spec["paths"].setdefault(route.path.replace(":path}", "}"), {})[route.method.lower()] = operation
+    if model.keys:
+        spec["components"] = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
+    page = importlib.resources.files("serving").joinpath("docs.html").read_text(encoding="utf-8").replace("{{title}}", html.escape(title))
+
+    async def openapi(request: Request) -> Response:
+        return JSONResponse({**spec, "servers": [{"url": request.scope.get("root_path") or "/"}]})
+
     async def docs(request: Request) -> Response:
         return HTMLResponse(page)
 
-    async def openapi(request: Request) -> Response:
-        root = request.scope.get("root_path", "")
-        return JSONResponse({**spec, "servers": [{"url": root or "/"}]})
-
-    async def to_docs(request: Request) -> Response:
-        return RedirectResponse("docs")
-
-    async def favicon(request: Request) -> Response:
-        return PlainTextResponse("", 204)
-
-    def operation(summary: str, media_type: str = "application/json", *codes: str) -> dict[str, Any]:
-        answers = {
-            "200": {"description": "OK", "content": {media_type: {"schema": {}}}},
-            **{code: {"description": "Not ready"} for code in codes},
-        }
-        return {"summary": summary, "tags": ["Operations"], "responses": answers}
-
-    page = importlib.resources.files("serving").joinpath("docs.html").read_text(encoding="utf-8").replace("{{title}}", app.title)
-    routes = [
-        Route("/", health, operation("The same as /health", "application/json", "503"), "GET", public=True),
-        Route("/health", health, operation("Can it answer? 503 says why not", "application/json", "503"), "GET", public=True),
-        Route("/readyz", health, operation("The same as /health", "application/json", "503"), "GET", public=True),
-        Route("/livez", live, operation("Is the process there?"), "GET", public=True),
-        Route("/info", info, operation("Model, version, task, limits; with a key also the lineage"), "GET", public=True),
-        Route("/metrics", metrics, operation("Prometheus metrics of one replica", "text/plain"), "GET", public=True),
-        Route("/openapi.json", openapi, operation("This description"), "GET", public=True),
-        Route("/docs", docs, {}, "GET", public=True),
-        Route("/redoc", to_docs, {}, "GET", public=True),
-        Route("/favicon.ico", favicon, {}, "GET", public=True),
-    ]
-    spec: dict[str, Any] = {}
-
-    def describe() -> None:
-        spec.update(get_openapi(title=app.title, version=app.version, routes=app.routes))
-        if model.keys:
-            spec.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-
-    app.state.describe = describe
-    return routes
-
-
-async def _healthy(model: ServedModel) -> None:
-    """`Problem` 503 where the replica does not work; cheap, so the model is not run: Serve's own checks do that."""
-    if model.unhealthy is not None:
-        raise Problem(503, "unhealthy", f"Not ready: {model.unhealthy}.", {"Retry-After": "5"})
+    return [_get("/openapi.json", openapi, "OpenAPI description"), _get("/docs", docs, "A page to read and try it")]
 
 
 class _Outermost:
-    """Around everything: the request's id, headers of every answer, counts, and no traceback to any client."""
+    """Around everything: the request's id, headers of every answer, and counts."""
 
-    def __init__(self, app: FastAPI, model: ServedModel, dialect: Dialect, *, adds_request_id: bool):
-        self.app, self.model, self.dialect, self.adds_request_id = app, model, dialect, adds_request_id
-        app.state.describe()
+    def __init__(self, app: ASGIApp, model: ServedModel, *, adds_request_id: bool):
+        self.app, self.model, self.adds_request_id = app, model, adds_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -271,15 +247,6 @@ class _Outermost:
         self.model.metrics.in_flight.inc()
         try:
             await self.app(scope, receive, answer)
-        except ClientDisconnect:
-            logger.info("request %s: the client went away", scope["request_id"])
-        except Exception:
-            # The one place for defects: logged whole, told by their request's id alone.
-            logger.exception("request %s failed", scope["request_id"])
-            if status != 499:
-                raise
-            problem = Problem(500, "internal", f"The server failed to answer; its log has more under the request id {scope['request_id']}.")
-            await _failed(self.model, self.dialect, problem)(scope, receive, answer)
         finally:
             route = scope.get("route")
             path = getattr(route, "path", "other")
