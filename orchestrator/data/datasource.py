@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
@@ -54,11 +55,14 @@ def _must_stay() -> bool:
 
 def stream(name: str, work: Sequence[Work], *, here: bool) -> Generator[dict[str, Any], None, None]:
     """Runs `work` and yields the rows of its tables one by one as soon as they are there."""
-    with DataContext.current(DataContext.get_current().copy()):
-        context = DataContext.get_current()
-        context.enable_progress_bars = False
-        # Each row is a report of its own; blocks are not to be held back until they are large.
-        context.target_max_block_size = 1
-        rows = read_tasks(name, work, here=here)
-        for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield from pa.table(table).to_pylist()
+    with warnings.catch_warnings():  # Copying touches settings that Ray itself deprecates.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True
+    # Each row is a report of its own; blocks are not to be held back until they are large.
+    context.target_max_block_size = 1
+    with DataContext.current(context):
+        tables = iter(read_tasks(name, work, here=here).iter_batches(batch_size=None, batch_format="pyarrow"))
+    for table in tables:
+        yield from pa.table(table).to_pylist()

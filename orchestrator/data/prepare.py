@@ -129,7 +129,7 @@ class _Build:
             for index, some in enumerate(sources.tasks_of(files))
         ]
         reports: dict[str, list[dict[str, Any]]] = {split: [] for split in self.found}
-        with contextlib.closing(stream("ReadFiles", work, here=self.here)) as done:
+        with contextlib.closing(stream("Files", work, here=self.here)) as done:
             for report in done:
                 _refuse(report)
                 self.rows_read += report["rows"] + report["bad"]
@@ -257,7 +257,7 @@ class _Build:
         parts: dict[str, list[PreparedFile]] = {split: [] for split in SPLITS}
         observed: dict[str, Observation] = {}
         rows = 0
-        with contextlib.closing(stream("WriteSplits", work, here=self.here)) as done:
+        with contextlib.closing(stream("BucketsIntoSplits", work, here=self.here)) as done:
             for report in done:
                 _refuse(report)
                 for split, (name, count) in json.loads(report["files"]).items():
