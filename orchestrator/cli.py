@@ -12,11 +12,11 @@ from typing import Annotated
 import typer
 
 from orchestrator.commands import about, cluster, job, model
-from orchestrator.commands.console import command, errors_to_exit_status
+from orchestrator.commands.console import command, errors_to_exit_status, root_cause
 from orchestrator.errors import InputError
 from orchestrator.terminal import display
 
-__all__ = ["app", "command", "display", "errors_to_exit_status", "main"]
+__all__ = ["app", "command", "display", "errors_to_exit_status", "main", "root_cause"]
 
 app = typer.Typer(
     name="orchestrator",
