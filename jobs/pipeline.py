@@ -39,8 +39,7 @@ def main(
     run = pipeline.Run(job, display)
     display.stage("check")
     validate.require(job, serve=until == "deploy", address=address)
-    run.open(fresh=fresh)
-    with run.alone(), cluster.session(address, log_dir=run.log_dir, verbose=verbose) as session:
+    with run.alone(fresh=fresh), cluster.session(address, log_dir=run.log_dir, verbose=verbose) as session:
         preflight.require_resources(job, session.nodes())
         deploy = Deployment(display, stays=not session.embedded, keep=keep_serving)
         result = pipeline.run(run, until=until, promote=promote, deploy=deploy if until == "deploy" else None)
@@ -59,9 +58,7 @@ class Deployment:
         from orchestrator.evaluation import read_predictions
         from serving import app, replay
 
-        self.endpoint = app.deploy(
-            registered.bundle, job.serving, name=registered.name, version=registered.version, display=self.display
-        )
+        self.endpoint = app.deploy(registered.bundle, job.serving, name=registered.name, version=registered.version, display=self.display)
         split = "validation" if evaluated.predictions.get("validation") else "test"
         entries = read_predictions(evaluated.predictions[split], limit=job.serving.replay_rows)
         rows, predictions = [{"row_id": entry["row_id"], **entry["row"]} for entry in entries], [entry["prediction"] for entry in entries]
@@ -72,7 +69,7 @@ class Deployment:
         )
         unseen = read_predictions(evaluated.predictions.get("test") or evaluated.predictions[split], limit=SHOWN)
         for inputs, answer in replay.ask(url, task, [entry["row"] for entry in unseen], api_key=key):
-            self.display.say(f"{json.dumps(inputs, ensure_ascii=False)}\n  {json.dumps(answer, ensure_ascii=False)}")
+            self.display.say(f"{_short(inputs)}\n  -> {json.dumps(_rounded(answer), ensure_ascii=False)}")
         return DeployRecord(
             url=self.endpoint.url,
             model=registered.name,
@@ -91,6 +88,19 @@ class Deployment:
             app.shutdown()
 
 
+def _short(inputs: Any, most: int = 120) -> str:
+    text = json.dumps(inputs, ensure_ascii=False)
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
 def _run_file(
     job_file: Annotated[str, typer.Argument(help="The resolved job (job.json).")],
     until: Annotated[str, typer.Option(help="Last stage: train, evaluate or deploy.")] = "deploy",
@@ -99,11 +109,13 @@ def _run_file(
     verbose: Annotated[bool, typer.Option("-v", "--verbose")] = False,
 ) -> None:
     from orchestrator.commands import console
+    from orchestrator.commands.job import closing
 
     with console.command(verbose=verbose, json=True) as output:
         job = load(job_file)
         result = main(job, until=until, promote=promote, fresh=fresh, display=output.display, verbose=verbose)  # pyright: ignore[reportArgumentType]
         output.display.close()
+        output.text(closing(job, result))
         output.result({"status": "done", **result})
 
 

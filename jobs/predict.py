@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from orchestrator import cluster, evaluation
+from orchestrator import batch_prediction, cluster
 from orchestrator import bundle as bundles
 from orchestrator.config import DataSection
 from orchestrator.progress import Display
@@ -37,5 +37,5 @@ def main(
     data = DataSection.parse(override({"data": {**options, "train": source}}, assignments or [])["data"], "data")
     log_dir = Path(Folder(storage).path) / "predict" / "logs" if Folder(storage).is_local else Path.cwd() / "predict-logs"
     with cluster.session(address, log_dir=log_dir, verbose=verbose):
-        counted = evaluation.predict(resolved.bundle, data, output, display=display)
+        counted = batch_prediction.predict(resolved.bundle, data, output, display=display)
     return {"model": {"name": resolved.name, "version": resolved.version}, "output": str(output), **counted}

@@ -32,7 +32,9 @@ def main(
     display.stage("deploy")
     resolved = Registry(registry, Folder(storage)).resolve(model)
     bundle = bundles.load(resolved.bundle)
-    section = override({"serving": bundle.job["serving"]}, [text if text.startswith("serving.") else f"serving.{text}" for text in assignments or []])
+    section = override(
+        {"serving": bundle.job["serving"]}, [text if text.startswith("serving.") else f"serving.{text}" for text in assignments or []]
+    )
     section["serving"].update({key: value for key, value in {"host": host, "port": port}.items() if value is not None})
     serving = ServingSection.parse(section["serving"], "serving")
     app.require_free(serving)

@@ -28,6 +28,7 @@ Deploy = Callable[[JobConfig, PreparedData, EvaluateRecord, RegisterRecord], Dep
 Record = TypeVar("Record", bound=Schema)
 
 GOLDEN_ROWS = 8
+LOCK = ".lock"
 
 
 @dataclass
@@ -52,22 +53,26 @@ class Run:
         local = Path(self.folder.path) if self.folder.is_local else Path.cwd() / self.job.run_id
         return local / "logs"
 
-    def open(self, *, fresh: bool = False) -> None:
-        """Makes the folder and writes the resolved job; `fresh` forgets the stages that are done."""
-        if fresh:
-            self.folder.delete()
+    @contextlib.contextmanager
+    def alone(self, *, fresh: bool = False) -> Iterator[None]:
+        """Makes the folder, with the resolved job in it, and keeps other processes from working on the same run meanwhile.
+
+        A killed process lets go by itself. `fresh` forgets the stages that are done. Raises `InputError` where another
+        process has the run; of a storage that is not local that can't be told.
+        """
         self.folder.make()
-        (self.folder / "job.json").write_json(self.job.to_json())
+        with self._locked() if self.folder.is_local else contextlib.nullcontext():
+            for name in self.folder.names() if fresh else ():
+                if name != LOCK:
+                    (self.folder / name).delete()
+            (self.folder / "job.json").write_json(self.job.to_json())
+            yield
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keeps a second process from working on the same run at the same time; a killed one lets go by itself."""
-        if not self.folder.is_local:
-            yield
-            return
+    def _locked(self) -> Iterator[None]:
         import fcntl
 
-        with (Path(self.folder.path) / ".lock").open("a+") as lock:
+        with (Path(self.folder.path) / LOCK).open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -81,22 +86,43 @@ class Run:
             lock.flush()
             yield
 
-    def stage(self, name: str, schema: type[Record], inputs: Any, work: Callable[[], Record]) -> Record:
-        """The record of the stage `name` for `inputs` (any JSON value): the one on disk, or what `work` returns now."""
+    def stage(
+        self, name: str, schema: type[Record], inputs: Any, work: Callable[[], Record], needs: Callable[[Record], list[str]]
+    ) -> Record:
+        """The record of the stage `name` for `inputs` (any JSON value): the one on disk, or what `work` returns now.
+
+        A record on disk counts as long as the files are there that it `needs` (URIs).
+        """
         place = self.folder / "records" / f"{name}.json"
         key = digest(inputs)
         self.display.stage(name)
-        started = time.perf_counter()
         if place.exists():
             saved = place.read_json()
             if saved["inputs"] == key:
-                self.timings[name] = 0.0
-                self.display.say("done before, its record is reused")
-                return schema.parse(saved["record"], str(place))
-        record = work()
-        seconds = self.timings[name] = round(time.perf_counter() - started, 3)
-        place.write_json({"inputs": key, "seconds": seconds, "record": record.to_json()})
+                record = schema.parse(saved["record"], str(place))
+                gone = [uri for uri in needs(record) if not Folder(uri).exists()]
+                if not gone:
+                    self.timings[name] = 0.0
+                    self.display.say("done before, its record is reused")
+                    return record
+                self.display.say(f"done before, but {gone[0]} is gone: done again")
+        with self.timed(name, announce=False):
+            record = work()
+        self.keep(name, record, inputs=key)
         return record
+
+    @contextlib.contextmanager
+    def timed(self, name: str, *, announce: bool = True) -> Iterator[None]:
+        """The body is the stage `name`, whose seconds go into `timings`."""
+        if announce:
+            self.display.stage(name)
+        started = time.perf_counter()
+        yield
+        self.timings[name] = round(time.perf_counter() - started, 3)
+
+    def keep(self, name: str, record: Schema, **more: Any) -> None:
+        """Writes a stage's record into the run folder."""
+        (self.folder / "records" / f"{name}.json").write_json({**more, "seconds": self.timings[name], "record": record.to_json()})
 
 
 def run(run: Run, *, until: Until = "deploy", promote: bool = False, deploy: Deploy | None = None) -> dict[str, Any]:
@@ -111,16 +137,20 @@ def run(run: Run, *, until: Until = "deploy", promote: bool = False, deploy: Dep
     if registry is not None:
         registry.warm()
 
-    display.stage("prepare")
-    started = time.perf_counter()
-    prepared = prepare(job, run.storage, display)
-    run.timings["prepare"] = round(time.perf_counter() - started, 3)
-    (run.folder / "records" / "prepare.json").write_json({"record": prepared.to_json(), "seconds": run.timings["prepare"]})
+    with run.timed("prepare"):
+        prepared = prepare(job, run.storage, display)
+    run.keep("prepare", prepared)
 
     question = {"data": prepared.fingerprint, **job.model_dump(mode="json", include={"task", "model", "training"})}
     question["global_batch_size"] = training.global_batch_size(job)
     folder = run.folder / f"train-{digest(question)[:8]}"
-    trained = run.stage("train", TrainRecord, question, lambda: training.train(job, prepared, folder, display))
+    trained = run.stage(
+        "train",
+        TrainRecord,
+        question,
+        lambda: training.train(job, prepared, folder, display),
+        needs=lambda record: [f"{record.bundle}/manifest.json"],
+    )
     result["metrics"] = {"validation": trained.metrics}
     result["train"] = trained.to_json()
     if until == "train":
@@ -133,22 +163,27 @@ def run(run: Run, *, until: Until = "deploy", promote: bool = False, deploy: Dep
         bundles.complete(Folder(trained.bundle), metrics=record.metrics, golden=golden)
         return record
 
-    evaluated = run.stage("evaluate", EvaluateRecord, [question, job.evaluation.to_json()], evaluate)
+    evaluated = run.stage(
+        "evaluate",
+        EvaluateRecord,
+        [question, job.evaluation.to_json()],
+        evaluate,
+        needs=lambda record: [*record.predictions.values(), f"{trained.bundle}/golden.json"],
+    )
     result["metrics"] = evaluated.metrics
     if registry is None:
         return result
 
-    inputs = [question, job.evaluation.to_json(), job.registry.to_json(), job.model_name, promote]
-    registered = run.stage("register", RegisterRecord, inputs, lambda: _register(run, registry, prepared, trained, evaluated, promote=promote))
+    with run.timed("register"):
+        registered = _register(run, registry, prepared, trained, evaluated, promote=promote)
+    run.keep("register", registered)
     display.say(f"{registered.name} version {registered.version}: {registered.reason}")
     result["model"] = {"name": registered.name, "version": registered.version}
 
     if deploy is not None:
-        display.stage("deploy")
-        started = time.perf_counter()
-        deployed = deploy(job, prepared, evaluated, registered)
-        run.timings["deploy"] = round(time.perf_counter() - started, 3)
-        (run.folder / "records" / "deploy.json").write_json({"record": deployed.to_json(), "seconds": run.timings["deploy"]})
+        with run.timed("deploy"):
+            deployed = deploy(job, prepared, evaluated, registered)
+        run.keep("deploy", deployed)
         result["endpoint"] = deployed.to_json()
     return result
 

@@ -116,7 +116,9 @@ def _disk(job: JobConfig) -> str:
     # Training state is weights + two Adam moments; the best, the kept and the one being written, and the bundle.
     need = 3 * weights * (job.checkpoint.keep + 2) + weights + 2**26
     if free < need:
-        raise InputError(f"storage: {place} has {free / GIB:.1f} GiB free and this job needs about {need / GIB:.1f} GiB for checkpoints and the bundle.")
+        raise InputError(
+            f"storage: {place} has {free / GIB:.1f} GiB free and this job needs about {need / GIB:.1f} GiB for checkpoints and the bundle."
+        )
     return f"{place}: {free / GIB:.0f} GiB free, about {need / GIB:.1f} GiB needed"
 
 
@@ -131,13 +133,17 @@ def _machine(job: JobConfig) -> str:
     need = workers * (4 * weights * 1.25 + 0.7 * GIB)
     memory = psutil.virtual_memory().available
     if need > memory:
-        raise InputError(f"resources: {workers} workers need about {need / GIB:.1f} GiB of memory, and {memory / GIB:.1f} GiB are free; ask for fewer workers or use model.lora.")
+        raise InputError(
+            f"resources: {workers} workers need about {need / GIB:.1f} GiB of memory, and {memory / GIB:.1f} GiB are free; ask for fewer workers or use model.lora."
+        )
     return f"{cpus} CPUs, {memory / GIB:.0f} GiB of memory free, about {need / GIB:.1f} GiB needed"
 
 
 def _gpus() -> dict[str, float]:
     """GPUs by their device files: asking torch would cost seconds."""
-    return {"GPU": float(len([name for name in os.listdir("/dev") if name.removeprefix("nvidia").isdigit()]))} if Path("/dev").is_dir() else {}
+    return (
+        {"GPU": float(len([name for name in os.listdir("/dev") if name.removeprefix("nvidia").isdigit()]))} if Path("/dev").is_dir() else {}
+    )
 
 
 def _registry(job: JobConfig) -> str:

@@ -122,6 +122,31 @@ def write_resolved(job: JobConfig, output: console.Output) -> None:
     output.result({"status": "dry-run", "run": job.run_id, "run_dir": str(Folder(job.storage) / job.run_id), "job": str(place)})
 
 
+def closing(job: JobConfig, result: dict[str, Any]) -> str:
+    """What a person should know when a job has ended: scores, model, where its files are, and what to type next."""
+    from orchestrator.storage import Folder
+
+    where = "" if Folder(job.storage).path == str(Path("runs").absolute()) else f" --storage {job.storage}"
+    name = result.get("model", {}).get("name")
+    lines = [f"{split:<11} {_figures(scores)}" for split, scores in result["metrics"].items()]
+    if name:
+        lines.append(f"{'model':<11} {name} version {result['model']['version']}")
+    lines.append(f"{'files':<11} {result['run_dir']}")
+    commands = {
+        f"orchestrator serve {name}{where}": "the endpoint, until Ctrl-C",
+        f"orchestrator predict {name} INPUT.csv OUTPUT.csv{where}": "a whole file",
+        f"orchestrator models show {name}{where}": "its versions",
+    }
+    if name:
+        width = max(map(len, commands))
+        lines += ["", "next:", *(f"  {command:<{width}}   {what}" for command, what in commands.items())]
+    return "\n".join(["", *lines])
+
+
+def _figures(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if "/" not in name)
+
+
 def _stages(
     file: Path,
     assignments: list[str] | None,
@@ -159,4 +184,5 @@ def _stages(
             address=address,
         )
         output.display.close()
+        output.text(closing(job, result))
         output.result({"status": "done", **result})
