@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.errors import InputError
+from orchestrator.errors import InputError, did_you_mean
 from orchestrator.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -54,25 +55,23 @@ def load(task: Task, section: ModelSection, *, precision: Precision, seed: int =
     import torch
 
     base = resolve(section.base, section.revision)
-    options: dict[str, Any] = {"use_safetensors": True, "dtype": torch.bfloat16 if section.lora and precision == "bf16" else torch.float32}
-    given = {"revision": section.revision, "attn_implementation": section.attn_implementation}
-    options |= {name: value for name, value in given.items() if value is not None}
-    if section.trust_remote_code:
-        options["trust_remote_code"] = True
-    try:
-        with quiet(), torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = task.model(base, **options)
-    except InputError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(_explain(error, task, section.base)) from error
+    options = {"use_safetensors": True, "dtype": torch.bfloat16 if section.lora and precision == "bf16" else torch.float32}
+    options |= from_hub(section)
+    if section.attn_implementation is not None:
+        options["attn_implementation"] = section.attn_implementation
+    with explained(task, section.base), quiet(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = task.model(base, **options)
     new = _new_weights(model, base, section.revision)
     if new:
         log.info(
             "%d weights of %s are not in %s and start from seed %d: %s", len(new), type(model).__name__, section.base, seed, ", ".join(new)
         )
-    return _with_adapters(model, section.lora, new) if section.lora else model
+    if section.lora is None:
+        return model
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _with_adapters(model, section.lora, new)
 
 
 def from_hub(section: ModelSection) -> dict[str, Any]:
@@ -84,11 +83,13 @@ def from_hub(section: ModelSection) -> dict[str, Any]:
 @contextmanager
 def explained(task: Task, base: str) -> Iterator[None]:
     """Turns what transformers says of a base model that it can't load into an `InputError` that says what would be right."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(_explain(error, task, base)) from error
 
 
@@ -117,7 +118,12 @@ def hardware_precision(setting: Literal["auto", "bf16", "fp16", "fp32"]) -> Prec
 
 def _with_adapters(model: torch.nn.Module, lora: LoraSection, new: list[str]) -> torch.nn.Module:
     import peft
+    import torch
 
+    linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
+    for target in [] if lora.target_modules == "auto" else lora.target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules()):
+            raise InputError(f"model.lora.target_modules: {type(model).__name__} has no module {target!r}.{did_you_mean(target, linear)}")
     heads = sorted({_top_module(model, name) for name in new} | {name for name, _ in model.named_children() if name in HEADS})
     config = peft.LoraConfig(
         r=lora.r,
@@ -129,7 +135,9 @@ def _with_adapters(model: torch.nn.Module, lora: LoraSection, new: list[str]) ->
         modules_to_save=heads or None,
     )
     try:
-        return peft.get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by names that are to be replaced in version 6.
+            return peft.get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         raise InputError(f"model.lora: {_sentence(error)}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import InputError
@@ -26,6 +27,10 @@ def load(base: str, modality: str, trust_remote_code: bool = False, revision: st
     except (OSError, ValueError, KeyError, ImportError) as error:
         what = {"text": "tokenizer", "image": "image processor", "audio": "audio processor"}[modality]
         raise InputError(f"model.base: the {what} of {base!r} can't be loaded: {_sentence(error)}") from error
+    names = getattr(processor, "vocab_files_names", {}).values()
+    if Path(base).is_dir() and names and not any((Path(base) / name).is_file() for name in names):
+        # transformers 5 makes an empty tokenizer here, to which every word is unknown.
+        raise InputError(f"model.base: the folder {base!r} has no tokenizer: there is no {' or '.join(sorted(names))} in it.")
     if modality == "text" and processor.pad_token is None:
         if processor.eos_token is None:
             raise InputError(f"model.base: the tokenizer of {base!r} has neither a padding token nor an end-of-text token to pad with.")

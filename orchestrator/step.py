@@ -27,9 +27,9 @@ from orchestrator.tasks.base import Example, Task
 if TYPE_CHECKING:
     from orchestrator.config import TrainingSection
 
-CPU_TOKENS = 2048
-GPU_TOKENS = 16384
-"""Padded tokens of a micro-batch: on a CPU more is not faster (`docs/decisions/0003-micro-batches.md`), on a GPU it is."""
+CPU_TOKENS, CPU_PASS = 2048, batching.PASS
+GPU_TOKENS, GPU_PASS = 16384, 4096
+"""Padded tokens of a micro-batch, and what one more micro-batch costs, in tokens. On a CPU larger ones are not faster."""
 LARGE_EMBEDDING = 1 << 20
 """Elements from which on an embedding exchanges only the rows that a step touched."""
 _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -77,7 +77,8 @@ class Stepper:
         self.task, self.processor, self.settings, self.keys = task, processor, settings, keys
         self.accelerator = _accelerator(precision, settings.torch_compile, global_batch_size)
         self.device, self.rank, self.world = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
-        self.tokens = settings.tokens_per_micro_batch or (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
+        tokens, self.pass_cost = (CPU_TOKENS, CPU_PASS) if self.device.type == "cpu" else (GPU_TOKENS, GPU_PASS)
+        self.tokens = settings.tokens_per_micro_batch or tokens
         if settings.gradient_checkpointing:
             _checkpoint_gradients(model)
         self.model = model.to(self.device).train()
@@ -101,7 +102,7 @@ class Stepper:
             )
         set_seed(int.from_bytes(hashlib.blake2b(f"{self.settings.seed}/{number}/{self.rank}".encode(), digest_size=4).digest(), "little"))
         row_key = row_keys(self.settings.seed, number, share.row_ids)
-        groups = batching.micro_batches([self.task.length(example) for example in share.examples], self.tokens)
+        groups = batching.micro_batches([self.task.length(example) for example in share.examples], self.tokens, self.pass_cost)
         weight = 0.0 if share.borrowed else 1.0
         if self._wrapped is None:
             self._wrapped = self._wrap([share.examples[place] for place in groups[-1]])
