@@ -108,6 +108,7 @@ class _Held:
     ids: list[str] = field(default_factory=list)
     pending_bytes: int = 0
     tables: list[pa.Table] = field(default_factory=list)
+    table_bytes: int = 0
     hashes: list[bytes] = field(default_factory=list)
     inputs: list[bytes] = field(default_factory=list)
     targets: list[bytes] = field(default_factory=list)
@@ -127,7 +128,7 @@ class _Held:
 
     @property
     def full(self) -> bool:
-        return sum(table.nbytes for table in self.tables) >= SPOOL_BYTES or len(self.bad) >= 10_000 or self.stopped
+        return self.table_bytes >= SPOOL_BYTES or len(self.bad) >= 10_000 or self.stopped
 
     @property
     def stopped(self) -> bool:
@@ -157,6 +158,7 @@ class _Held:
         if self.pending:
             columns = {role: _column(role, [row.get(role) for row in self.pending]) for role in self.roles}
             self.tables.append(pa.table({**columns, "row_id": pa.array(self.ids, pa.string())}))
+            self.table_bytes += self.tables[-1].nbytes
             self.pending, self.ids, self.pending_bytes = [], [], 0
 
     def flush(self, block: int) -> pa.Table:
@@ -171,6 +173,7 @@ class _Held:
         if self.rows:
             report.update(self._spool(name))
         self.tables, self.hashes, self.inputs, self.targets, self.strata, self.bad = [], [], [], [], [], []
+        self.table_bytes = 0
         return _report(report)
 
     def _spool(self, name: str) -> dict[str, Any]:
