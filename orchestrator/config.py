@@ -28,6 +28,7 @@ class SplitSection(Schema):
     test: Share = 0.1
     """Share of the training rows that becomes the test split; not used when `data.test` is given."""
     seed: int = 42
+    """Of the shares: which row goes where depends on it and on the row's id."""
     stratify: bool = True
     """Keep each label's share in every split."""
     group: str | None = None
@@ -48,17 +49,22 @@ class DataSection(Schema):
     train: str | list[str]
     """Path, glob or list of them: local, s3://, gs://, hdfs://, hf://, package://module/path or example://name."""
     validation: str | list[str] | None = None
+    """As `train`, for choosing the best checkpoint; not set: split off `train`."""
     test: str | list[str] | None = None
+    """As `train`, for the final scores; not set: split off `train`."""
     split: SplitSection = SplitSection()
     columns: dict[str, str] = {}
     """Role -> column of the files, for example {text: review, label: stars}; a role not named is its own column."""
     format: Literal["csv", "tsv", "jsonl", "json", "parquet", "arrow", "folder"] | None = None
     """None: by the ending of the file. `folder`: text files, one folder per class."""
     delimiter: str | None = None
+    """Between the fields of a line; not set: comma for csv, tab for tsv."""
     header: bool = True
+    """Whether the first line names the columns."""
     names: list[str] | None = None
     """Column names for a file without a header line (with header: false)."""
     encoding: str = "utf-8"
+    """Of text files, by Python's names: utf-8, cp1252, gb18030, utf-16, …"""
     max_bad_rows: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of rows that may go to the quarantine file; over it the job stops. 0: any bad row stops it."""
 
@@ -73,10 +79,13 @@ class LoraSection(Schema):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) through PEFT; the head is trained in full."""
 
     r: Positive = 8
+    """Rank of the adapters: more learns more and costs more."""
     alpha: float | None = None
     """Scale of the adapter; None: twice `r`."""
     dropout: Share = 0.0
+    """Share of the adapters' inputs dropped while training."""
     target_modules: Literal["auto"] | list[str] = "auto"
+    """Names of the layers that get adapters; auto: all linear layers."""
 
 
 class ModelSection(Schema):
@@ -85,16 +94,22 @@ class ModelSection(Schema):
     base: str
     """Hub id, local folder, package://module/path for a model inside an installed package, or example://name."""
     revision: str | None = None
+    """Branch, tag or commit of a hub model; not set: its main branch."""
     lora: LoraSection | None = None
+    """Train adapters instead of all weights; `{}` takes the defaults."""
     attn_implementation: str | None = None
+    """As in transformers: sdpa, eager, flash_attention_2, …; not set: the fastest that the model supports."""
     trust_remote_code: bool = False
+    """Run Python code that comes with a hub model. It can do whatever this user can."""
 
 
 class TrainingSection(Schema):
     """Hyperparameters, by the names of `transformers.TrainingArguments`."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    """Peak of the schedule."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Times that every training row is seen; a part of one is a part of the rows."""
     max_steps: int = -1
     """Stops after so many optimizer steps; -1: by epochs."""
     global_batch_size: Positive | None = None
@@ -102,25 +117,35 @@ class TrainingSection(Schema):
     per_device_train_batch_size: Positive | None = None
     """Rows per worker and accumulation step; with it the global batch is this x accumulation x workers."""
     gradient_accumulation_steps: Positive = 1
+    """Only with `per_device_train_batch_size`: how many of those make a step."""
     tokens_per_micro_batch: Positive | None = None
     """Padded tokens that go through the model at once; memory depends on it, results do not. None: by the hardware."""
     group_by_length: bool = True
     """Rows of similar length share a global batch, as `train_sampling_strategy="group_by_length"` of transformers."""
     warmup_ratio: Share = 0.06
+    """Share of the steps in which the learning rate rises from zero."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Overrides warmup_ratio when above 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Of AdamW; biases and normalisation layers are left out."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = "linear"
+    """How the learning rate falls after the warm-up."""
     adam_beta1: Share = 0.9
+    """Decay of the mean of gradients."""
     adam_beta2: Share = 0.999
+    """Decay of the mean of squared gradients."""
     adam_epsilon: float = 1e-8
+    """Added to the denominator of AdamW's update."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """0: no clipping."""
+    """Gradients of a larger norm are scaled down to it; 0: no clipping."""
     label_smoothing_factor: Share = 0.0
+    """Share of each label's probability that is spread over all labels."""
     seed: int = 42
+    """Of the new layers' weights, the order of rows and dropout."""
     early_stopping_patience: Positive | None = None
     """Evaluations without improvement after which training stops; None: never."""
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """How much better counts as an improvement."""
     metric_for_best_model: str | None = None
     """None: the task's objective. `loss` and `eval_loss` both mean the validation loss."""
     eval_steps: Positive | None = None
@@ -128,8 +153,11 @@ class TrainingSection(Schema):
     save_steps: Positive | None = None
     """Checkpoint every so many steps; None: twice an epoch, at most every 500 steps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of the arithmetic; the weights that are trained stay fp32. auto: what this hardware does fast."""
     gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, about a third slower."""
     torch_compile: bool = False
+    """Compile the model with torch.compile; takes minutes at first."""
     record_rows: bool = False
     """Write which rows each worker saw at which step to the run folder."""
 
@@ -152,6 +180,7 @@ class ResourcesSection(Schema):
     num_workers: Positive | Literal["auto"] = "auto"
     """Data-parallel workers. auto: one per GPU of the cluster, else one."""
     cpus_per_worker: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """CPUs that Ray sets aside for a worker. auto: as many as each worker can have, less what encoding needs."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """auto: 1 where the cluster has GPUs, else 0."""
     threads_per_worker: Positive | Literal["auto"] = "auto"
@@ -170,12 +199,17 @@ class CheckpointSection(Schema):
 
 
 class EvaluationSection(Schema):
+    """How the trained model is scored."""
+
     metrics: list[str] | None = None
     """None: the task's defaults."""
     tokens_per_batch: Positive | None = None
+    """Padded tokens that go through the model at once."""
 
 
 class RegistrySection(Schema):
+    """Where versions of the model are kept."""
+
     uri: str | None = None
     """MLflow tracking and registry server; None: an SQLite file in the storage."""
     model: str | None = None
@@ -185,8 +219,12 @@ class RegistrySection(Schema):
 
 
 class ReplicasSection(Schema):
+    """How many copies of the model answer."""
+
     min: Annotated[int, Field(ge=0)] = 1
+    """Replicas kept ready; 0 lets the endpoint sleep."""
     max: Positive = 1
+    """Replicas under load."""
     target: Annotated[float, Field(gt=0)] = 16
     """Requests in flight per replica that autoscaling aims at."""
 
@@ -201,10 +239,14 @@ class ServingSection(Schema):
     """The endpoint."""
 
     host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is reachable from outside."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """Port to listen on."""
     replicas: ReplicasSection = ReplicasSection()
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
+    """CPUs that Ray sets aside for a replica, and threads of its model."""
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs for a replica; a part of one is shared."""
     auth: Literal["auto", "none"] | str = "auto"
     """auto: keys from ORCHESTRATOR_API_KEYS, required on any host but loopback. A path: a file with a key a line. none: open."""
     max_batch_tokens: Positive = 4096
@@ -212,9 +254,11 @@ class ServingSection(Schema):
     max_queue: Positive = 1024
     """Rows waiting in a replica; beyond them requests are answered 429."""
     max_body_bytes: Positive = 2_000_000
+    """Largest request; beyond it the answer is 413."""
     max_inputs: Positive = 1024
     """Rows in one request; beyond them it is answered 413."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Longest that a request may take; beyond it the answer is 504."""
     replay_rows: Annotated[int, Field(ge=0)] = 20
     """Validation rows replayed over HTTP before the endpoint counts as deployed."""
     tolerance: Annotated[float, Field(gt=0)] = 0.02

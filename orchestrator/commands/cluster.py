@@ -36,7 +36,7 @@ def submit(
 
         submitted = submission.submit(resolved, address, promote=promote, fresh=fresh, display=output.display)
         output.text(submitted.id)
-        output.result({"status": "done", "run": resolved.run_id, "job": submitted.id, "new": submitted.new})
+        output.result({"status": "done", "run": submitted.run, "job": submitted.id, "new": submitted.new, "job_status": submitted.status})
 
 
 @jobs.command("list")
@@ -57,7 +57,7 @@ def status(job: JobId, address: options.Head, json: options.Json = False, verbos
         from orchestrator import submission
 
         found = submission.status(job, address)
-        output.text(found["status"])
+        output.text(" ".join(filter(None, (found["status"], found["message"]))))
         output.result({"status": "done", "job": found})
 
 
@@ -84,6 +84,6 @@ def stop(job: JobId, address: options.Head, json: options.Json = False, verbose:
     with console.command(verbose=verbose, json=json) as output:
         from orchestrator import submission
 
-        submission.stop(job, address)
-        output.text(f"{job} is stopped.")
-        output.result({"status": "done", "job": job})
+        found = submission.stop(job, address)
+        output.text(f"{job}: {found['status']}")
+        output.result({"status": "done", "job": found})
