@@ -42,7 +42,7 @@ def duplicates(
     first = np.flatnonzero(same)
     repeated = int(same.sum())
     share = repeated / len(inputs)
-    example = f"{where(int(order[first[0]]))} and {where(int(order[first[0] + 1]))}"
+    example = _both(where(int(order[first[0]])), where(int(order[first[0] + 1])))
     sentences.append(
         f"{_rows(repeated)} ({share:.1%}) {'repeat' if repeated != 1 else 'repeats'} the {text} of another row, for example {example}."
     )
@@ -53,7 +53,7 @@ def duplicates(
     if len(mixed):
         begin = int(np.searchsorted(run, mixed[0]))
         one, other = _two_that_differ(order[begin : int(np.searchsorted(run, mixed[0], side="right"))], targets)
-        ids = f"{where(one)} and {where(other)}"
+        ids = _both(where(one), where(other))
         sentences.append(
             f"{len(mixed):,} {'inputs have' if len(mixed) != 1 else 'input has'} different labels in different rows, for example {ids}."
         )
@@ -112,6 +112,11 @@ def balance(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
             shown = ", ".join(map(repr, absent[:5])) + (f" and {len(absent) - 5:,} more" if len(absent) > 5 else "")
             sentences.append(f"No {split} row has {shown}: {split} scores say nothing of it.")
     return sentences
+
+
+def _both(one: str, other: str) -> str:
+    """Two row ids, the earlier row first."""
+    return " and ".join(sorted((one, other), key=lambda name: (len(name), name)))
 
 
 def _rows(count: int) -> str:

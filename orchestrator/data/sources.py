@@ -197,7 +197,10 @@ def column(values: Sequence[Any]) -> pa.Array:
 
 def weight(values: Mapping[str, Any]) -> int:
     """About how many bytes a row is."""
-    return 32 + sum(_weight(value) for value in values.values())
+    size = 32
+    for value in values.values():
+        size += 16 + len(value) if type(value) is str else _weight(value)
+    return size
 
 
 def _weight(value: Any) -> int:

@@ -14,9 +14,15 @@ TRAIN, VALIDATION, TEST = range(3)
 """Places in `SPLITS`."""
 
 
-def hash_pair(seed: int, text: str) -> bytes:
-    """Two independent 64-bit hashes (16 bytes, big-endian): the first splits, the second shuffles."""
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16, key=b"split %d" % seed).digest()
+def hashes(texts: Sequence[str], purpose: str) -> np.ndarray:
+    """A 64-bit hash (SipHash, uint64) of each text; those for one purpose are independent of those for another."""
+    from pandas.util import hash_array as siphash
+
+    key = hashlib.blake2b(purpose.encode(), digest_size=8).hexdigest()
+    try:
+        return siphash(np.array(texts, dtype=object), hash_key=key, categorize=False)  # pyright: ignore[reportCallIssue]
+    except UnicodeEncodeError:  # half of a surrogate pair, in the name of a file for example
+        return siphash(np.array([ascii(text) for text in texts], dtype=object), hash_key=key, categorize=False)  # pyright: ignore[reportCallIssue]
 
 
 @dataclass(frozen=True)

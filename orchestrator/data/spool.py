@@ -12,7 +12,6 @@ duplicates and leaks need.
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from orchestrator.config import DataSection
 from orchestrator.data.files import SPLITS, SourceFile
 from orchestrator.data.readers import BadRow, records
 from orchestrator.data.sources import weight
-from orchestrator.data.splits import Cuts, hash_pair
+from orchestrator.data.splits import Cuts, hashes
 from orchestrator.errors import InputError
 from orchestrator.storage import Folder
 from orchestrator.tasks.base import Row, RowError, Task
@@ -95,8 +94,20 @@ class Reading:
                     blocks += 1
                     if held.stopped:
                         return
-        if held.rows or held.bad:
+        if not held.empty:
             yield held.flush(blocks)
+
+
+@dataclass
+class _Chunk:
+    """Some clean rows as a table, and what is known of each besides (arrays of as many)."""
+
+    table: pa.Table
+    split: np.ndarray
+    order: np.ndarray
+    inputs: np.ndarray
+    targets: np.ndarray
+    strata: list[str | None]
 
 
 @dataclass
@@ -106,13 +117,10 @@ class _Held:
     reading: Reading
     pending: list[Row] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
     pending_bytes: int = 0
-    tables: list[pa.Table] = field(default_factory=list)
-    table_bytes: int = 0
-    hashes: list[bytes] = field(default_factory=list)
-    inputs: list[bytes] = field(default_factory=list)
-    targets: list[bytes] = field(default_factory=list)
-    strata: list[str | None] = field(default_factory=list)
+    chunks: list[_Chunk] = field(default_factory=list)
+    chunk_bytes: int = 0
     bad: list[dict[str, Any]] = field(default_factory=list)
     all_bad: int = 0
 
@@ -123,29 +131,25 @@ class _Held:
         self.target_roles = [role for role in self.roles if columns[role].target]
 
     @property
-    def rows(self) -> int:
-        return len(self.hashes)
+    def empty(self) -> bool:
+        return not (self.pending or self.chunks or self.bad)
 
     @property
     def full(self) -> bool:
-        return self.table_bytes >= SPOOL_BYTES or len(self.bad) >= 10_000 or self.stopped
+        return self.chunk_bytes >= SPOOL_BYTES or len(self.bad) >= 10_000 or self.stopped
 
     @property
     def stopped(self) -> bool:
         return self.reading.section.max_bad_rows == 0 and self.all_bad >= ENOUGH_BAD_ROWS
 
     def take(self, row: Row, row_id: str, group: str | None, size: int) -> None:
-        seed = self.reading.section.split.seed
-        pair = hash_pair(seed, row_id)
-        self.hashes.append(pair if group is None else hash_pair(seed, group)[:8] + pair[8:])
-        self.inputs.append(_hash(row, self.input_roles))
-        self.targets.append(_hash(row, self.target_roles))
-        self.strata.append(self.reading.task.stratum(row))
         self.pending.append(row)
         self.ids.append(row_id)
+        if group is not None:
+            self.groups.append(group)
         self.pending_bytes += size
         if self.pending_bytes >= CHUNK_BYTES:
-            self._to_table()
+            self._to_chunk()
 
     def refuse(self, file: str, number: int, row_id: str, column: str | None, expected: str, found: Any) -> None:
         shown = found if found is None or isinstance(found, (bool, int, float, str)) else repr(found)
@@ -154,37 +158,49 @@ class _Held:
         self.bad.append({"file": file, "row": number, "column": column, "expected": expected, "found": shown, "row_id": row_id})
         self.all_bad += 1
 
-    def _to_table(self) -> None:
+    def _to_chunk(self) -> None:
         if self.pending:
             columns = {role: _column(role, [row.get(role) for row in self.pending]) for role in self.roles}
-            self.tables.append(pa.table({**columns, "row_id": pa.array(self.ids, pa.string())}))
-            self.table_bytes += self.tables[-1].nbytes
-            self.pending, self.ids, self.pending_bytes = [], [], 0
+            seed = self.reading.section.split.seed
+            self.chunks.append(
+                _Chunk(
+                    table=pa.table({**columns, "row_id": pa.array(self.ids, pa.string())}),
+                    split=hashes(self.groups or self.ids, f"split {seed}"),
+                    order=hashes(self.ids, f"order {seed}"),
+                    inputs=_content(self.pending, self.input_roles),
+                    targets=_content(self.pending, self.target_roles),
+                    strata=[self.reading.task.stratum(row) for row in self.pending],
+                )
+            )
+            self.chunk_bytes += self.chunks[-1].table.nbytes
+            self.pending, self.ids, self.groups, self.pending_bytes = [], [], [], 0
 
     def flush(self, block: int) -> pa.Table:
         """Writes a spool and the bad rows beside it, and says what is in them."""
-        self._to_table()
+        self._to_chunk()
         name = f"{self.reading.split}-{self.reading.index:06d}-{block:06d}"
-        report: dict[str, Any] = {"split": self.reading.split, "name": name, "rows": self.rows, "bad": len(self.bad)}
+        rows = sum(chunk.table.num_rows for chunk in self.chunks)
+        report: dict[str, Any] = {"split": self.reading.split, "name": name, "rows": rows, "bad": len(self.bad)}
         if self.bad:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.bad)
             (self.reading.spool / f"{name}.bad.jsonl").write_bytes(lines.encode("utf-8", "backslashreplace"))
             report["bad_first"] = json.dumps(self.bad[:SHOWN_BAD_ROWS], ensure_ascii=True)
-        if self.rows:
+        if rows:
             report.update(self._spool(name))
-        self.tables, self.hashes, self.inputs, self.targets, self.strata, self.bad = [], [], [], [], [], []
-        self.table_bytes = 0
+        self.chunks, self.chunk_bytes, self.bad = [], 0, []
         return _report(report)
 
     def _spool(self, name: str) -> dict[str, Any]:
-        pairs = np.frombuffer(b"".join(self.hashes), dtype=">u8").reshape(-1, 2).astype(np.uint64)
-        split, order = np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
+        split, order, inputs, targets = (
+            np.concatenate([getattr(chunk, key) for chunk in self.chunks]) for key in ("split", "order", "inputs", "targets")
+        )
+        strata = [stratum for chunk in self.chunks for stratum in chunk.strata]
         bucket = bucket_of(order, self.reading.buckets)
         by_bucket = np.argsort(bucket, kind="stable")
-        table = pa.concat_tables(self.tables, promote_options="permissive")
-        size = table.nbytes
+        table = pa.concat_tables([chunk.table for chunk in self.chunks], promote_options="permissive")
+        size, schema = table.nbytes, table.schema
         table = table.append_column("_split", pa.array(split)).append_column("_order", pa.array(order))
-        table = table.append_column("_stratum", pa.array(self.strata, pa.string())).take(pa.array(by_bucket))
+        table = table.append_column("_stratum", pa.array(strata, pa.string())).take(pa.array(by_bucket))
         batch = table.combine_chunks().to_batches()[0]
         ends = np.concatenate([[0], np.cumsum(np.bincount(bucket, minlength=self.reading.buckets))])
         place = self.reading.spool / f"{name}.arrow"
@@ -194,16 +210,16 @@ class _Held:
         ):
             for start, end in itertools.pairwise(ends):
                 writer.write_batch(batch.slice(start, end - start))
-        names = sorted(set(self.strata), key=lambda stratum: (stratum is not None, stratum or ""))
+        names = sorted(set(strata), key=lambda stratum: (stratum is not None, stratum or ""))
         codes = {stratum: code for code, stratum in enumerate(names)}
         return {
             "bytes": size,
-            "schema": table.select([*self.roles, "row_id"]).schema.serialize().to_pybytes(),
+            "schema": schema.serialize().to_pybytes(),
             "split_hashes": split[by_bucket].tobytes(),
-            "input_hashes": np.frombuffer(b"".join(self.inputs), dtype=np.uint64)[by_bucket].tobytes(),
-            "target_hashes": np.frombuffer(b"".join(self.targets), dtype=np.uint64)[by_bucket].tobytes(),
+            "input_hashes": inputs[by_bucket].tobytes(),
+            "target_hashes": targets[by_bucket].tobytes(),
             "strata": names,
-            "codes": np.fromiter((codes[stratum] for stratum in self.strata), np.int32, len(self.strata))[by_bucket].tobytes(),
+            "codes": np.fromiter((codes[stratum] for stratum in strata), np.int32, len(strata))[by_bucket].tobytes(),
         }
 
 
@@ -212,14 +228,11 @@ def bucket_of(order: np.ndarray, buckets: int) -> np.ndarray:
     return (((order >> np.uint64(32)) * np.uint64(buckets)) >> np.uint64(32)).astype(np.int64)
 
 
-def _hash(row: Row, roles: Sequence[str]) -> bytes:
-    values = [row.get(role) for role in roles]
-    text = (
-        values[0]
-        if len(values) == 1 and isinstance(values[0], str)
-        else json.dumps(values, ensure_ascii=True, sort_keys=True, default=repr)
-    )
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def _content(rows: Sequence[Row], roles: Sequence[str]) -> np.ndarray:
+    """Hashes of what stands in `roles`."""
+    if len(roles) == 1 and all(type(row.get(roles[0])) is str for row in rows):
+        return hashes([row[roles[0]] for row in rows], "content")
+    return hashes([json.dumps([row.get(role) for role in roles], sort_keys=True, default=repr) for row in rows], "content")
 
 
 def _column(role: str, values: Sequence[Any]) -> pa.Array:

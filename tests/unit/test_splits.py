@@ -6,11 +6,18 @@ import pytest
 from orchestrator.data import quality, splits
 
 TRAIN, VALIDATION, TEST = range(3)
+HASHES = [7056027906363976363, 1853858741963213384]
 
 
 def hashes(count: int, seed: int = 42) -> np.ndarray:
-    pairs = b"".join(splits.hash_pair(seed, f"a.csv:{number}") for number in range(count))
-    return np.frombuffer(pairs, dtype=">u8").reshape(-1, 2)[:, 0].astype(np.uint64)
+    return splits.hashes([f"a.csv:{number}" for number in range(count)], f"split {seed}")
+
+
+def test_hashes_stay_the_same_and_differ_by_purpose() -> None:
+    """Were they to change, the same seed would split otherwise than before."""
+    assert splits.hashes(["a.csv:2", "é"], "split 42").tolist() == HASHES
+    assert splits.hashes(["a.csv:2"], "order 42").tolist() != HASHES[:1]
+    assert len(splits.hashes(["half \ud800"], "split 42")) == 1
 
 
 @pytest.mark.parametrize("counts", [[700, 200, 100], [997, 3, 1], [33, 33, 34], [10], [5, 5, 5, 5, 5]])
