@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,9 @@ def tables(build: Callable[[], Dataset], timeout_s: float, **settings: Any) -> I
     import ray
     from ray.data import DataContext
 
-    context = DataContext.get_current().copy()
+    with warnings.catch_warnings():  # Copying touches settings that Ray itself deprecates.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.wait_for_min_actors_s = max(1, int(timeout_s))

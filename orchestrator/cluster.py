@@ -22,9 +22,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from orchestrator.errors import InputError, StageError
+
+if TYPE_CHECKING:
+    import psutil
 
 CONNECT_SECONDS = 5.0
 """How long a cluster may take to accept a connection, and then to answer."""
@@ -144,16 +147,19 @@ def sweep() -> list[str]:
 
     Only this user's, known by the folder each runs in. Returns a sentence for each process that was ended.
     """
-    root = _root()
-    if not root.is_dir():
-        return []
-    dead = [place for place in root.iterdir() if place.is_dir() and not _has_owner(place)]
-    said = _end_servers(dead) if dead else []
+    dead = _dead()
+    said = _end_servers(dead)
     for place in dead:
         with contextlib.suppress(OSError, ValueError, KeyError):
             _keep_logs(place, json.loads((place / _OWNER).read_text())["log_dir"])
         shutil.rmtree(place, ignore_errors=True)
     return said
+
+
+def leftovers() -> list[str]:
+    """What `sweep` would clear: folders of killed runs and the servers in them."""
+    dead = _dead()
+    return [f"{process.name()} (process {process.pid})" for process in _servers_in(dead)] + [str(place) for place in dead]
 
 
 def store_bytes() -> int:
@@ -413,6 +419,12 @@ def _private_folder(log_dir: Path | None) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
+def _dead() -> list[Path]:
+    """Folders whose process is gone."""
+    root = _root()
+    return [place for place in root.iterdir() if place.is_dir() and not _has_owner(place)] if root.is_dir() else []
+
+
 def _has_owner(place: Path) -> bool:
     import psutil
 
@@ -437,19 +449,30 @@ def _keep_logs(place: Path, log_dir: str | Path | None) -> None:
             shutil.move(logs, target)
 
 
+def _servers_in(places: list[Path]) -> list[psutil.Process]:
+    """This user's servers that run in the given folders."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter() if places else ():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if process.name() in _SERVERS and process.uids().real == os.getuid():
+                arguments = process.cmdline()
+                if any(f"{place}/" in argument for place in places for argument in arguments):
+                    found.append(process)
+    return found
+
+
 def _end_servers(places: list[Path]) -> list[str]:
     """Ends the servers that run in the given folders; a sentence each."""
     import psutil
 
     said, ended = [], []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if process.name() not in _SERVERS or process.uids().real != os.getuid():
-                continue
-            if any(f"{place}/" in argument for place in places for argument in process.cmdline()):
-                said.append(f"Ended {process.name()} (process {process.pid}), which a killed run had left behind.")
-                process.terminate()
-                ended.append(process)
+    for process in _servers_in(places):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            said.append(f"Ended {process.name()} (process {process.pid}), which a killed run had left behind.")
+            process.terminate()
+            ended.append(process)
     for process in psutil.wait_procs(ended, timeout=5)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

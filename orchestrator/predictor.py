@@ -57,7 +57,8 @@ class Predictor:
         self.precision = models.hardware_precision(precision)
         self.processor = processors.load(str(bundle.processor), self.task.modality, trust_remote_code=trust)
         options = {"trust_remote_code": True} if trust else {}
-        model = self.task.model(str(bundle.model), dtype=torch.float32, **options).eval()
+        with models.quiet():
+            model = self.task.model(str(bundle.model), dtype=torch.float32, **options).eval()
         if self.precision != "fp32":
             _cast_layers(model, _dtype(self.precision))
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")

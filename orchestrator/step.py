@@ -31,7 +31,7 @@ CPU_TOKENS, CPU_PASS = 2048, batching.PASS
 GPU_TOKENS, GPU_PASS = 16384, 4096
 """Padded tokens of a micro-batch, and what one more micro-batch costs, in tokens. On a CPU larger ones are not faster."""
 LARGE_EMBEDDING = 1 << 20
-"""Elements from which on an embedding exchanges only the rows that a step touched."""
+"""Elements from which on an embedding's gradient is kept as the rows that a step touched."""
 _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 """Names of weights that do not decay, as in transformers.Trainer."""
 
@@ -83,7 +83,8 @@ class Stepper:
             _checkpoint_gradients(model)
         self.model = model.to(self.device).train()
         self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self.exchanged = _large_embeddings(model) if self.world > 1 else []
+        by_rows = self.accelerator.scaler is None and not settings.torch_compile
+        self.embeddings = [EmbeddingRows(module, self.world) for module in _large_embeddings(model)] if by_rows else []
         self.optimizer = self._optimizer()
         self._rate = self._schedule(total_steps)
         self._wrapped: Any = None
@@ -120,10 +121,12 @@ class Stepper:
         totals = torch.cat([torch.stack(losses).sum(dtype=torch.float64).reshape(1) * weight, counts])
         if self.world > 1:
             dist.all_reduce(totals)
-            for parameter in self.exchanged:
-                self._exchange(parameter)
+        for embedding in self.embeddings:
+            embedding.collect()
         outcome = self._apply(number, totals, lambda: self._suspects(share, groups, losses))
         self.optimizer.zero_grad(set_to_none=True)
+        for embedding in self.embeddings:
+            embedding.clear()
         return outcome
 
     def learning_rate(self, number: int) -> float:
@@ -143,6 +146,7 @@ class Stepper:
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
+        gradients += [embedding.values for embedding in self.embeddings]
         norm = torch.nn.utils.get_total_norm(gradients)
         total, items, rows, norm = torch.cat([totals, norm.to(totals).reshape(1)]).tolist()
         scale = self.world / (items or 1.0)  # DistributedDataParallel has divided the sum by the number of workers.
@@ -157,6 +161,8 @@ class Stepper:
         clip = self.settings.max_grad_norm
         if finite:
             torch._foreach_mul_(gradients, scale * (min(1.0, clip / (norm + 1e-6)) if clip else 1.0))  # pyright: ignore[reportPrivateImportUsage]
+        for embedding in self.embeddings:
+            embedding.fill()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(number)
         if scaler is None:
@@ -165,18 +171,6 @@ class Stepper:
             scaler.step(self.optimizer)
             scaler.update()
         return Outcome(loss=loss, grad_norm=norm, rows=int(rows))
-
-    def _exchange(self, parameter: torch.Tensor) -> None:
-        """Averages an embedding's gradient over the workers: only the rows that some worker touched are sent."""
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        gradient = parameter.grad
-        touched = (torch.linalg.vector_norm(gradient, dim=1) != 0).to(torch.uint8)  # NaN too: it is not equal to 0.
-        dist.all_reduce(touched, op=dist.ReduceOp.MAX)
-        rows = touched.nonzero().squeeze(1)
-        values = gradient[rows]
-        dist.all_reduce(values)
-        gradient[rows] = values / self.world
 
     def _suspects(self, share: Share, groups: list[list[int]], losses: list[torch.Tensor]) -> str:
         """Row ids of the micro-batches without a finite loss, of all workers; of the whole batch where every loss is finite."""
@@ -203,11 +197,11 @@ class Stepper:
         unused = torch.tensor(float(any(parameter.grad is None for parameter in self.trained.values())), device=self.device)
         dist.all_reduce(unused, op=dist.ReduceOp.MAX)
         self.optimizer.zero_grad(set_to_none=True)
-        ours = {id(parameter) for parameter in self.exchanged}
+        ours = {id(embedding.weight) for embedding in self.embeddings}
         names = [name for name, parameter in self.model.named_parameters() if id(parameter) in ours]
         torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
-        for parameter in self.exchanged:
-            dist.broadcast(parameter.detach(), src=0)
+        for embedding in self.embeddings:
+            dist.broadcast(embedding.weight.detach(), src=0)
         self.accelerator.ddp_handler.find_unused_parameters = bool(unused.item())
         self.accelerator.ddp_handler.broadcast_buffers = any(
             isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in self.model.modules()
@@ -222,6 +216,8 @@ class Stepper:
             self.accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
             for name in ("_ddp_params_and_buffers_to_ignore", "_is_accelerate_prepared", "_original_forward"):
                 self.model.__dict__.pop(name, None)
+        for embedding in self.embeddings:
+            embedding.close()
         self.accelerator.free_memory()
 
     def _optimizer(self) -> torch.optim.AdamW:
@@ -334,15 +330,60 @@ def _checkpoint_gradients(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def _large_embeddings(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Trained weights of large embeddings that nothing else uses: a step's gradient is 0 in all rows but those of its tokens."""
+class EmbeddingRows:
+    """The gradient of a large embedding as the rows that a step touched, which are few.
+
+    So of a vocabulary of 30,000 (or 250,000) only the tokens of the global batch are summed, exchanged, measured and
+    scaled. The optimizer gets a dense gradient all the same, and does to the other rows what it always does.
+    """
+
+    def __init__(self, module: torch.nn.Embedding, world: int):
+        self.module, self.weight, self.world = module, module.weight, world
+        self._dense = torch.zeros_like(self.weight)
+        self._was_sparse, module.sparse = module.sparse, True
+        self.rows = torch.empty(0, dtype=torch.int64)
+        self.values = torch.empty(0)
+
+    def collect(self) -> None:
+        """After the backward passes: `rows` that some worker touched, and `values`, their gradients' mean over the workers."""
+        found, self.weight.grad = self.weight.grad, None
+        if found is None:
+            self.rows, self.values = self._dense.new_empty(0, dtype=torch.int64), self._dense[:0]
+        else:
+            found = found.coalesce()
+            self.rows, self.values = found.indices()[0], found.values()
+        if self.world > 1:
+            touched = torch.zeros(len(self._dense), dtype=torch.uint8, device=self._dense.device)
+            touched[self.rows] = 1
+            dist.all_reduce(touched, op=dist.ReduceOp.MAX)
+            self._dense[self.rows] = self.values
+            self.rows = touched.nonzero().squeeze(1)
+            self.values = self._dense[self.rows]
+            dist.all_reduce(self.values)
+            self.values /= self.world
+
+    def fill(self) -> None:
+        """Before the optimizer's step: `values` as a dense gradient."""
+        self._dense[self.rows] = self.values
+        self.weight.grad = self._dense
+
+    def clear(self) -> None:
+        """After the optimizer's step."""
+        self._dense[self.rows] = 0.0
+
+    def close(self) -> None:
+        self.module.sparse = self._was_sparse
+
+
+def _large_embeddings(model: torch.nn.Module) -> list[torch.nn.Embedding]:
+    """Trained large embeddings whose weights no other module has, as an output layer may."""
     owners: dict[int, int] = {}
     for module in model.modules():
         for weight in module._parameters.values():
             if weight is not None:
                 owners[id(weight)] = owners.get(id(weight), 0) + 1
     return [
-        module.weight
+        module
         for module in model.modules()
         if isinstance(module, torch.nn.Embedding)
         and module.weight.requires_grad

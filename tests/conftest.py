@@ -1,4 +1,4 @@
-"""For every test: no network, no telemetry, no hub. A test that must reach the package index says so: `@pytest.mark.network`."""
+"""For every test: no network, no telemetry. A test that must reach the package index says so: `@pytest.mark.network`."""
 
 import contextlib
 import ipaddress
@@ -10,8 +10,6 @@ from typing import Any
 import psutil
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

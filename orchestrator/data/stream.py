@@ -234,7 +234,7 @@ def _lengths(table: pa.Table) -> np.ndarray:
     total = np.zeros(len(table), dtype=np.int64)
     for field in table.schema:
         if field.name != "row_id" and (pa.types.is_string(field.type) or pa.types.is_large_string(field.type)):
-            total += pc.fill_null(pc.binary_length(table[field.name]), 0).to_numpy().astype(np.int64)
+            total += pc.fill_null(pc.call_function("binary_length", [table[field.name]]), 0).to_numpy().astype(np.int64)
     return total
 
 
@@ -272,7 +272,7 @@ def pipeline(
     remaining = iter(parts)
     while leg := list(itertools.islice(remaining, LEG)):
         rows = ray.data.from_items(list(range(len(leg))), override_num_blocks=len(leg)).map_batches(
-            _run_part,
+            _run_part,  # pyright: ignore[reportArgumentType]
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=cpus,
@@ -352,14 +352,14 @@ class RankStream:
     """One worker's part of every global batch, over all epochs: the `loop.Stream` of distributed training.
 
     `total_steps` are the optimizer steps of the whole run: nothing beyond them is read. `encoded` and `truncated` count
-    examples (borrowed ones aside).
+    examples (borrowed ones aside); `truncated` is None where the task does not say.
     """
 
     def __init__(self, encoding: Encoding, *, total_steps: int, tasks: int = 1, cpus: float = 0, object_store: int = OBJECT_STORE):
         self.rows = sum(encoding.counts)
         self.steps_per_epoch = encoding.plan(0).steps
         self.encoded = 0
-        self.truncated = 0
+        self.truncated: int | None = None
         self._encoding, self._total_steps = encoding, total_steps
         self._pipeline = functools.partial(pipeline, encoding, tasks=tasks, cpus=cpus, object_store=object_store)
         self._feed: Feed | None = None
@@ -391,13 +391,14 @@ class RankStream:
                         f"The stream lost its order: at step {step} of epoch {epoch} worker {self._encoding.rank} expected the row at position {expected} and got "
                         + (f"{row_id!r} at {position}." if position >= 0 else "the end of the data.")
                     )
-                row_ids.append(row_id)
                 for example in pickle.loads(encoded):
-                    truncated = example.pop("truncated", False)
+                    truncated = example.pop("truncated", None)
                     if not borrowed:
                         self.encoded += 1
-                        self.truncated += bool(truncated)
+                        if truncated is not None:
+                            self.truncated = (self.truncated or 0) + bool(truncated)
                     examples.append(example)
+                    row_ids.append(row_id)
             self._next = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
             yield Share(step=step, row_ids=row_ids, examples=examples, borrowed=borrowed)
 

@@ -19,14 +19,16 @@ HERE = Path(__file__).parent
 def load(name: str, config: str | None = None) -> Any:
     """The `evaluate` module `name`, loaded once in a process; `InputError` where there is none or the hub can't be reached."""
     import evaluate
+    import huggingface_hub.constants
 
+    if huggingface_hub.constants.HF_HUB_OFFLINE:  # `evaluate` knows a variable of its own only.
+        evaluate.config.HF_EVALUATE_OFFLINE = True
     shipped = HERE / f"{name}.py"
     try:
         return evaluate.load(str(shipped) if shipped.is_file() else name, config_name=config, keep_in_memory=True)
     except (OSError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"evaluation.metrics: {name!r} is no metric of this task and can't be loaded as a module of `evaluate`: {reason}"
+            f"There is no module {name!r} of `evaluate` here, and the hub gave none: {' '.join(str(error).split())[:300]}"
         ) from None
 
 

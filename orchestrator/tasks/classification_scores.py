@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from orchestrator import metrics as modules
-from orchestrator.errors import InputError
+from orchestrator.errors import InputError, did_you_mean
 from orchestrator.tasks.base import Prediction, Row
 
 _OTHERS = ("precision_micro", "recall_micro", "precision_weighted", "recall_weighted", "f1_weighted")
@@ -53,7 +53,7 @@ def score(
         if name in every:
             result.update({name: values[name]} if name in values else {})
         else:
-            result.update(_other(name, arrays))
+            result.update(_other(name, arrays, every))
     return result
 
 
@@ -110,13 +110,15 @@ def _arrays(problem: str, names: Sequence[str], predictions: Sequence[Prediction
     return {"predictions": given, "prediction_scores": scores, "references": right}
 
 
-def _other(name: str, arrays: dict[str, Any]) -> dict[str, float]:
+def _other(name: str, arrays: dict[str, Any], known: Sequence[str]) -> dict[str, float]:
     """A metric module from the hub or a path, given label indices (or numbers); its numbers, by its name."""
     try:
-        values = modules.compute(name, predictions=arrays["predictions"].tolist(), references=arrays["references"].tolist())
+        module = modules.load(name)
+    except InputError as error:
+        raise InputError(f"evaluation.metrics: {name!r} is no metric of this task.{did_you_mean(name, known)} {error}") from None
+    try:
+        values = module.compute(predictions=arrays["predictions"].tolist(), references=arrays["references"].tolist())
     except (TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"evaluation.metrics: {name!r} can't score this task: {' '.join(str(error).split())[:300]}") from None
     numbers = {key: float(value) for key, value in values.items() if isinstance(value, (int, float))}
     return {name if len(numbers) == 1 else f"{name}_{key}": value for key, value in numbers.items()}

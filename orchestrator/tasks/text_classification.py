@@ -2,43 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from orchestrator.errors import InputError, nearest
+from orchestrator.errors import InputError
+from orchestrator.tasks import labels as label_rules
+from orchestrator.tasks import texts
 from orchestrator.tasks.base import Column, Example, Observation, Parameters, Prediction, Row, RowError, Task, largest_difference
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-
-DEFAULT_MAX_LENGTH = 512
-"""Tokens kept of a text where neither the task nor the tokenizer names a limit."""
-
-_WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))\.0+")
-
-
-def label_name(value: Any) -> str:
-    """The one spelling of a label: 1, 1.0, "1" and "1.0" are "1"; true, "True" and "TRUE" are "true"; other text stays as it is."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return str(int(value)) if value.is_integer() else repr(value)
-    text = str(value)
-    if text.lower() in ("true", "false"):
-        return text.lower()
-    whole = _WHOLE.fullmatch(text)
-    return whole[1] if whole else text
-
-
-def _label_names(value: Any) -> Any:
-    return tuple(label_name(name) for name in value) if isinstance(value, (list, tuple)) else value
 
 
 class ClassificationParameters(Parameters):
@@ -57,7 +33,8 @@ class TextClassification(Task):
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"mse", "mae"})
 
     problem: Literal["single-label", "multi-label", "regression"] = "single-label"
-    labels: Annotated[tuple[str, ...] | None, BeforeValidator(_label_names)] = None
+    """One label for a text, any number of labels, or a number."""
+    labels: Annotated[tuple[str, ...] | None, BeforeValidator(label_rules.label_names)] = None
     """Label names in the order of the model's outputs; None: those of the training rows, numbers by size, names sorted."""
     max_length: Annotated[int, Field(ge=4)] | None = None
     """Tokens kept of a text (or pair); None: the tokenizer's limit, or 512 where it has none."""
@@ -94,58 +71,25 @@ class TextClassification(Task):
         }
 
     def clean(self, row: Row) -> Row:
-        clean: Row = {"text": _text("text", row.get("text"))}
-        if not _missing(row.get("text_pair")):
-            clean["text_pair"] = _text("text_pair", row["text_pair"])
+        clean: Row = {"text": texts.clean_text("text", row.get("text"))}
+        if not label_rules.missing(row.get("text_pair")):
+            clean["text_pair"] = texts.clean_text("text_pair", row["text_pair"])
         if "label" in row:
             clean["label"] = self._clean_label(row["label"])
         return clean
 
     def _clean_label(self, value: Any) -> Any:
         if self.problem == "multi-label":
-            return self._clean_label_list(value)
-        expected = "a label" if self.problem == "single-label" else "a number"
-        if _missing(value) or (isinstance(value, str) and not value.strip()):
-            raise RowError("label", expected, value)
-        if self.problem == "single-label":
-            return _one_label(value, "one label (for several, set task.problem: multi-label)")
-        try:
-            number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
-        except (ValueError, OverflowError):
-            raise RowError("label", expected, value) from None
-        if not math.isfinite(number):
-            raise RowError("label", "a finite number", value)
-        return number
-
-    def _clean_label_list(self, value: Any) -> list[str]:
-        expected = "a list of labels, or text such as a|b (empty: none of them)"
-        if _missing(value):
-            raise RowError("label", expected, value)
-        if isinstance(value, str):
-            text = value.strip()
-            if text.startswith("["):
-                try:
-                    parts = json.loads(text)
-                except ValueError:
-                    raise RowError("label", "a JSON list of labels", value) from None
-            else:
-                delimiter = self.delimiter or ("|" if "|" in text else ",")
-                parts = [part.strip() for part in text.split(delimiter) if part.strip()]
-        elif isinstance(value, (list, tuple)):
-            parts = list(value)
-        elif isinstance(value, (bool, int, float)):
-            parts = [value]
-        else:
-            raise RowError("label", expected, value)
-        if any(_missing(part) or (isinstance(part, str) and not part.strip()) for part in parts):
-            raise RowError("label", "a list without empty labels", value)
-        return sorted({_one_label(part, "a flat list of labels") for part in parts})
+            return label_rules.several_labels(value, self.delimiter)
+        if self.problem == "regression":
+            return label_rules.one_number(value)
+        return label_rules.one_label(value, "one label (for several, set task.problem: multi-label)")
 
     def observe(self, rows: Sequence[Row]) -> Observation:
         targets = [row["label"] for row in rows if "label" in row]
         if self.problem == "regression":
-            return {"rows": len(rows), "bits": _bit_counts(targets)}
-        names = targets if self.problem == "single-label" else (name for labels in targets for name in labels)
+            return {"rows": len(rows), "bits": label_rules.bit_counts(targets)}
+        names = targets if self.problem == "single-label" else (name for given in targets for name in given)
         return {"rows": len(rows), "labels": dict(Counter(names))}
 
     def fit(self, observed: Mapping[str, Observation]) -> Self:
@@ -157,81 +101,41 @@ class TextClassification(Task):
             if all(count in (0, rows) for count in train.get("bits", {}).values()):
                 raise InputError(f"All {rows:,} training rows have the same number in `label`, so there is nothing to learn.")
             return self
-        counts: dict[str, int] = {name: int(count) for name, count in train.get("labels", {}).items()}
-        _refuse_look_alikes(observed)
-        self._refuse_useless(counts, rows)
+        label_rules.refuse_look_alikes(observed)
+        label_rules.refuse_unlearnable(observed, several=self.problem == "multi-label")
         if self.labels is not None:
-            _refuse_unlisted(self.labels, observed)
-        _refuse_untrained(counts, observed)
-        if self.labels is not None and (unseen := [name for name in self.labels if name not in counts]):
-            raise InputError(f"task.labels names {_listed(unseen)}, which no row has. The rows have {_counted(counts)}.")
-        labels = self.labels or tuple(sorted(counts, key=_label_order(counts)))
+            label_rules.refuse_unlisted(self.labels, observed)
+        label_rules.refuse_untrained(observed)
+        counts = train["labels"]
+        names = self.labels or label_rules.ordered(counts)
         weights = None
         if self.class_weights == "balanced":
             if self.problem == "single-label":
-                weights = tuple(rows / (len(labels) * counts[name]) for name in labels)
+                weights = tuple(rows / (len(names) * counts[name]) for name in names)
             else:
-                weights = tuple((rows - counts[name]) / counts[name] for name in labels)
-        return self.model_copy(update={"labels": labels, "weights": weights})
-
-    def _refuse_useless(self, counts: Mapping[str, int], rows: int) -> None:
-        if not counts:
-            raise InputError(f"None of the {rows:,} training rows has a label, so there is nothing to learn.")
-        if self.problem == "single-label" and len(counts) == 1:
-            raise InputError(f"All {rows:,} training rows have the label {next(iter(counts))!r}; a classifier needs two labels or more.")
-        if self.problem == "multi-label" and all(count == rows for count in counts.values()):
-            raise InputError(f"All {rows:,} training rows have the same labels, {_listed(counts)}, so there is nothing to learn.")
-        if len(counts) > 50 and 2 * len(counts) > rows:
-            numbers = all(_number(name) is not None for name in counts)
-            advice = "to predict a number, set task.problem: regression" if numbers else "is data.columns.label the right column?"
-            raise InputError(f"The {rows:,} training rows have {len(counts):,} different labels, such as {_listed(counts)}: {advice}.")
+                weights = tuple((rows - counts[name]) / counts[name] for name in names)
+        return self.model_copy(update={"labels": names, "weights": weights})
 
     def stratum(self, row: Row) -> str | None:
         return row.get("label") if self.problem == "single-label" else None
 
     # ---- tensors ---------------------------------------------------------------------------------------------
     def encode(self, rows: Sequence[Row], processor: Any) -> list[list[Example]]:
-        """Each row is one example, cut at the limit; `truncated` says whether it was.
+        """Each row is one example, cut at the limit; `truncated` says whether it was."""
+        pairs = [row.get("text_pair") for row in rows]
+        examples = texts.encode([row["text"] for row in rows], pairs, processor, texts.limit(processor, self.max_length))
+        places = {} if self.problem == "regression" else {name: place for place, name in enumerate(self._names)}
+        for row, example in zip(rows, examples, strict=True):
+            if "label" in row:
+                example["labels"] = self._target(row["label"], places)
+        return [[example] for example in examples]
 
-        The tokenizer is called without truncation and padding, always: a fast tokenizer keeps these settings inside and
-        can't change them while another thread encodes ("Already borrowed"). So cutting is done here, by the rules
-        of `truncation=True` (the longer of two texts first, from the tokenizer's truncation side).
-        """
-        examples: list[Example | None] = [None] * len(rows)
-        for paired in (False, True):
-            chosen = [index for index, row in enumerate(rows) if (row.get("text_pair") is not None) == paired]
-            if not chosen:
-                continue
-            texts = [rows[index]["text"] for index in chosen]
-            pairs = [rows[index]["text_pair"] for index in chosen] if paired else None
-            encoded = processor(texts, pairs, padding=False, truncation=False, verbose=False)
-            limit = self.limit(processor)
-            for place, index in enumerate(chosen):
-                example: Example = {key: values[place] for key, values in encoded.items()}
-                length = len(example["input_ids"])
-                if length > limit:
-                    example = _cut(encoded, place, processor, texts[place], pairs[place] if pairs else None, limit)
-                elif length == 0:
-                    filler = processor.eos_token_id if processor.eos_token_id is not None else processor.pad_token_id
-                    example = {key: [{"input_ids": filler, "attention_mask": 1}.get(key, 0)] for key in example}
-                example["truncated"] = length > limit
-                if "label" in rows[index]:
-                    example["labels"] = self._target(rows[index]["label"])
-                examples[index] = example
-        return [[example] for example in examples if example is not None]
-
-    def limit(self, processor: Any) -> int:
-        """Most tokens of an example, special tokens included."""
-        known = int(processor.model_max_length) if processor.model_max_length < 1_000_000 else DEFAULT_MAX_LENGTH
-        return self.max_length or known
-
-    def _target(self, label: Any) -> int | float | list[float]:
+    def _target(self, label: Any, places: Mapping[str, int]) -> int | float | list[float]:
         if self.problem == "regression":
             return float(label)
-        places = {name: place for place, name in enumerate(self._names)}
         given = [label] if self.problem == "single-label" else label
         if unknown := [name for name in given if name not in places]:
-            raise RowError("label", f"one of {_listed(self._names)}", unknown[0])
+            raise RowError("label", f"one of {label_rules.listed(self._names)}", unknown[0])
         if self.problem == "single-label":
             return places[label]
         return [1.0 if name in given else 0.0 for name in self._names]
@@ -245,23 +149,13 @@ class TextClassification(Task):
         return self.labels
 
     def collate(self, examples: Sequence[Example], processor: Any) -> dict[str, torch.Tensor]:
+        import numpy as np
         import torch
 
-        longest = max(len(example["input_ids"]) for example in examples)
-        fillers = {"input_ids": processor.pad_token_id, "token_type_ids": processor.pad_token_type_id, "attention_mask": 0}
-        left = processor.padding_side == "left"
-        batch: dict[str, torch.Tensor] = {}
-        for key in examples[0].keys() - {"labels", "truncated"}:
-            filler = fillers.get(key, 0)
-            rows = []
-            for example in examples:
-                values = list(example[key])
-                padding = [filler] * (longest - len(values))
-                rows.append(padding + values if left else values + padding)
-            batch[key] = torch.tensor(rows, dtype=torch.long)
+        batch = texts.pad(examples, processor)
         if "labels" in examples[0]:
             kind = torch.long if self.problem == "single-label" else torch.float32
-            batch["labels"] = torch.tensor([_plain(example["labels"]) for example in examples], dtype=kind)
+            batch["labels"] = torch.as_tensor(np.asarray([example["labels"] for example in examples]), dtype=kind)
         return batch
 
     # ---- model -----------------------------------------------------------------------------------------------
@@ -378,7 +272,7 @@ class TextClassification(Task):
         text = {"type": "string", "minLength": 1}
         pair = {
             "type": "object",
-            "properties": {"text": text, "text_pair": {"type": "string"}},
+            "properties": {"text": text, "text_pair": text},
             "required": ["text"],
             "additionalProperties": False,
         }
@@ -443,135 +337,9 @@ class TextClassification(Task):
         return largest_difference(*by_label)
 
 
-# ---- rows ----------------------------------------------------------------------------------------------------
-def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _text(column: str, value: Any) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return label_name(value)
-    if not isinstance(value, str):
-        raise RowError(column, "a text", value)
-    if not value.strip():
-        raise RowError(column, "a text that is not empty", value)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RowError(column, f"Unicode text (character {error.start} is half of a surrogate pair)", ascii(value[:80])) from None
-    return value
-
-
-def _one_label(value: Any, expected: str) -> str:
-    if not isinstance(value, (str, bool, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
-        raise RowError("label", expected, value)
-    return label_name(value)
-
-
-def _bit_counts(values: Sequence[float]) -> dict[str, int]:
-    """How often each bit of the 64 of a double is set: equal numbers, and only they, give 0 or all for every bit.
-
-    So whether all targets are the same can be told from counts that merge by addition.
-    """
-    import numpy as np
-
-    bits = np.unpackbits((np.asarray(values, dtype="<f8") + 0.0).view(np.uint8)).reshape(-1, 64).sum(axis=0)
-    return {str(place): int(count) for place, count in enumerate(bits) if count}
-
-
-def _number(name: str) -> float | None:
-    try:
-        number = float(name)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _label_order(names: Iterable[str]) -> Any:
-    return _number if all(_number(name) is not None for name in names) else None
-
-
-def _listed(names: Iterable[str], most: int = 5) -> str:
-    every = list(names)
-    shown = ", ".join(repr(name) for name in every[:most])
-    return f"{shown} and {len(every) - most:,} more" if len(every) > most else shown
-
-
-def _rows(count: float) -> str:
-    return f"{int(count):,} row" if count == 1 else f"{int(count):,} rows"
-
-
-def _counted(counts: Mapping[str, float]) -> str:
-    most = sorted(counts, key=lambda name: -counts[name])
-    shown = ", ".join(f"{name!r} ({_rows(counts[name])})" for name in most[:5])
-    return f"{shown} and {len(most) - 5:,} more" if len(most) > 5 else shown
-
-
-def _refuse_look_alikes(observed: Mapping[str, Observation]) -> None:
-    total: Counter[str] = Counter()
-    for observation in observed.values():
-        total.update(observation.get("labels", {}))
-    alike: dict[str, list[str]] = {}
-    for name in total:
-        alike.setdefault("".join(name.casefold().split()), []).append(name)
-    if groups := [names for names in alike.values() if len(names) > 1]:
-        shown = "; ".join(
-            " and ".join(f"{name!r} ({_rows(total[name])})" for name in sorted(names, key=lambda name: -total[name]))
-            for names in groups[:5]
-        )
-        raise InputError(f"Labels differ only by case or spaces: {shown}. Write each label one way.")
-
-
-def _refuse_unlisted(labels: Sequence[str], observed: Mapping[str, Observation]) -> None:
-    for split, observation in observed.items():
-        if unknown := {name: count for name, count in observation.get("labels", {}).items() if name not in labels}:
-            closest = nearest(next(iter(unknown)), labels)[0]
-            raise InputError(
-                f"The {split} split has labels that task.labels does not name: {_counted(unknown)}. The nearest that it names is {closest!r}."
-            )
-
-
-def _refuse_untrained(counts: Mapping[str, int], observed: Mapping[str, Observation]) -> None:
-    for split, observation in observed.items():
-        if unknown := {name: count for name, count in observation.get("labels", {}).items() if name not in counts}:
-            closest = nearest(next(iter(unknown)), counts)[0]
-            raise InputError(
-                f"The {split} split has labels that no training row has: {_counted(unknown)}. The nearest training label is {closest!r}."
-            )
-
-
 def _short(value: Any) -> str:
     text = ascii(value) if isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"
-
-
-# ---- tensors -------------------------------------------------------------------------------------------------
-def _cut(encoded: Any, place: int, processor: Any, text: str, pair: str | None, limit: int) -> Example:
-    """The example at `place` with tokens of its texts left out until `limit` is met; special tokens stay."""
-    if not encoded.is_fast:
-        return dict(processor(text, pair, padding=False, truncation=True, max_length=limit))
-    sources = encoded.sequence_ids(place)
-    tokens = [[position for position, source in enumerate(sources) if source == which] for which in (0, 1)]
-    counts = [len(positions) for positions in tokens]
-    room = limit - (len(sources) - sum(counts))
-    if room < (2 if counts[1] else 1):
-        raise InputError(f"task.max_length is {limit}, which leaves no room for text beside {len(sources) - sum(counts)} special tokens.")
-    shorter, longer = sorted((0, 1), key=lambda which: counts[which])
-    keep = {shorter: min(counts[shorter], room // 2)}
-    keep[longer] = room - keep[shorter]
-    drops = [count - keep[which] for which, count in enumerate(counts)]
-    left = processor.truncation_side == "left"
-    dropped = {
-        position
-        for positions, count in zip(tokens, drops, strict=True)
-        if count
-        for position in (positions[:count] if left else positions[-count:])
-    }
-    return {key: [value for position, value in enumerate(values[place]) if position not in dropped] for key, values in encoded.items()}
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _logits(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """Every task of `TASKS` with the cases in `tests/fixtures/<task>.json`: rows, inputs, and a tiny base model."""
 
 import json
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 from orchestrator import tasks
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
-sys.path.insert(0, str(FIXTURES))
 
 
 @dataclass
@@ -59,7 +57,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 @pytest.fixture(scope="session")
 def base(case: Case, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny base model for the case."""
-    import tiny
+    from tests.fixtures import tiny
 
     texts = [value for row in case.clean for value in row.values() if isinstance(value, str)]
     return tiny.text_base(tmp_path_factory.mktemp("base"), texts, case.base)

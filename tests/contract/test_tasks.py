@@ -14,6 +14,7 @@ from orchestrator import bundle, predictor, tasks
 from orchestrator.errors import InputError
 from orchestrator.storage import Folder
 from orchestrator.tasks.base import RowError
+from tests.fixtures import oracles
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
@@ -174,6 +175,18 @@ def test_responses_fit_their_schema(case, model, processor):
         jsonschema.validate(json.loads(json.dumps(answer, allow_nan=False)), answer_schema)
 
 
+def test_a_row_asked_for_over_http_is_that_row(case):
+    for row in case.unlabelled:
+        wanted = {role: value for role, value in row.items() if role != "row_id"}
+        assert case.task.rows_from(json.loads(json.dumps(case.task.inputs_from(row)))) == [wanted]
+
+
+def test_answers_differ_by_what_predictions_differ(case, model, processor):
+    answers = [case.task.answer([one], case.task.parameters(), single=True) for one in _predictions(case, model, processor)[:2]]
+    assert case.task.answer_difference(answers[0], answers[0]) == 0
+    assert case.task.answer_difference(*answers) > 0
+
+
 def test_inputs_that_do_not_fit_are_refused_with_a_sentence(case):
     for inputs in case.bad_inputs:
         with pytest.raises(InputError, match="inputs"):
@@ -193,6 +206,4 @@ def _predictions(case, model, processor, rows=None):
 
 def _perfect(task, row):
     """The prediction of a model that knows: by decoding an output that says the right thing as loudly as it can."""
-    import oracles
-
     return task.decode(row, oracles.outputs(task, row))

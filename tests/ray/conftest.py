@@ -13,6 +13,10 @@ import pytest
 WORDS = ["good", "great", "love", "fine", "bad", "poor", "hate", "awful", "the", "a", "camera", "phone", "screen", "very", "not", "it"]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:ray.data.context")  # Ray warns of its own settings
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[Any]:
     """Ray on this machine: two CPUs, 100 MB of object store, no dashboard. Tests that need another cluster start their own."""
@@ -52,7 +56,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.3,
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)
     return str(folder)
@@ -66,10 +70,10 @@ def review(number: int, rng: random.Random) -> dict[str, Any]:
     return {"text": f"{' '.join(words)} {number}", "label": "good" if good else "bad"}
 
 
-@pytest.fixture
-def prepare_reviews(tmp_path: Path) -> Callable[..., Any]:
-    """`prepare_reviews([50, 30], validation=20)`: prepared reviews, rows of each training file given."""
-    return lambda files, validation=0: write_reviews(tmp_path / "prepared", files, validation)
+@pytest.fixture(scope="session")
+def prepare_reviews(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`prepare_reviews([50, 30], validation=20)`: prepared reviews in a folder of their own, rows of each training file given."""
+    return lambda files, validation=0: write_reviews(tmp_path_factory.mktemp("reviews") / "prepared", files, validation)
 
 
 def write_reviews(root: Path, files: Sequence[int], validation: int = 0) -> Any:

@@ -29,6 +29,10 @@ from serving import app, auth, haproxy
 from serving.app import Endpoint
 from serving.replay import ask, replay
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Using extra keyword arguments on `Field` is deprecated:DeprecationWarning"
+)  # ray.serve 2.60
+
 TEXTS = [
     "good camera", "the phone is not very good", "hate it", "a great great great screen", "bad",
     "love the camera and the phone and the screen very very much " * 4, "fine", "poor 7 awful 3",

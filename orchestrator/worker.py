@@ -1,0 +1,325 @@
+"""What runs in each worker of Ray Train: the loop on this worker's stream, and what is told about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config import JobConfig, digest
+from orchestrator.errors import InputError, StageError
+from orchestrator.records import PreparedData
+from orchestrator.storage import Folder
+
+REPORT_EVERY_S = 0.25
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that a worker is told. It pickles."""
+
+    job: JobConfig
+    prepared: PreparedData
+    folder: Folder
+    lineage: dict[str, Any]
+    threads: int
+    tasks: int
+    """Encoding tasks at once, and the CPUs that each asks for (`stream.lanes`)."""
+    task_cpus: float
+    reports: Any
+    """Handle of the actor that takes what the driver shows; None: nobody looks."""
+    marker: str
+    """A file that the driver wrote into `folder`."""
+
+    @property
+    def identity(self) -> str:
+        """What the run computes, wherever it runs: checkpoints of another are refused."""
+        question = self.job.model_dump(mode="json", include={"model", "training"})
+        question["training"].pop("record_rows")
+        return digest([self.prepared.fingerprint, self.prepared.task.to_json(), question])
+
+
+def run(work: Work) -> dict[str, Any] | None:
+    """Trains, writes the bundle, and returns (on rank 0) what goes into the record; called by Ray Train on every worker."""
+    marks = {"workers": time.time()}
+    _require_shared(work)
+    import ray.train
+    import torch
+
+    torch.set_num_threads(work.threads)
+    from orchestrator import bundle, checkpoints, loop, models, processors
+    from orchestrator.data.stream import Encoding, RankStream, SplitRows
+    from orchestrator.validation import Validation
+
+    marks["imports"] = time.time()
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    job, settings = work.job, work.job.training
+    task, section = work.prepared.task, job.model
+    _seed(settings.seed)
+
+    base = models.resolve(section.base, section.revision)
+    processor = processors.load(base, task.modality, section.trust_remote_code, section.revision)
+    batch = settings.global_batch(world)
+    encoding = Encoding.of(
+        work.prepared,
+        "train",
+        processor,
+        rank=rank,
+        world=world,
+        seed=settings.seed,
+        global_batch=batch,
+        group_by_length=settings.group_by_length,
+    )
+    total = loop.total_steps(settings, encoding.plan(0).steps)
+    stream = RankStream(encoding, total_steps=total, tasks=work.tasks, cpus=work.task_cpus)
+    if not (work.folder / "checkpoints").names():
+        stream.begin(0, 0)  # rows are read and encoded while the model loads
+    precision = models.hardware_precision(settings.precision)
+    model = models.load(task, section, precision=precision, seed=settings.seed)
+    marks["model"] = time.time()
+
+    validate = None
+    if "validation" in work.prepared.splits and work.prepared.splits["validation"].rows:
+        best_by = (settings.metric_for_best_model or task.objective).removeprefix("eval_")
+        rows = SplitRows(Encoding.of(work.prepared, "validation", processor, rank=rank, world=world), tasks=work.tasks, cpus=work.task_cpus)
+        tokens = {"tokens": job.evaluation.tokens_per_batch} if job.evaluation.tokens_per_batch else {}
+        validate = Validation(task, processor, rows, precision=precision, wanted=[*(job.evaluation.metrics or ()), best_by], **tokens)
+    log = RowLog(work.folder / "rows", rank, world, stream.steps_per_epoch) if settings.record_rows else None
+    steps = loop.train(
+        task, model, processor, settings, stream, folder=work.folder, validate=validate, global_batch_size=batch,
+        identity=work.identity, checkpoint=job.checkpoint, on_rows=log.add if log else None,
+    )  # fmt: skip
+    tally = Tally()
+    reporter = Reporter(work.reports if rank == 0 else None, total, world)
+    for progress in steps:
+        tally.add(progress)
+        reporter.add(progress)
+        if tally.first is progress:
+            began = time.time() - progress.seconds
+            marks |= {"setup": began, "first_rows": began + progress.wait_seconds, "first_step": began + progress.seconds}
+        if log is not None:
+            log.flush(progress.resumed_from if tally.first is progress else None, first=tally.first is progress, upload=progress.saved)
+        if progress.step % stream.steps_per_epoch == 0 or progress.step == total or progress.stopped:
+            _require_equal(model, f"after step {progress.step}")
+        if progress.metrics is not None:
+            ray.train.report(
+                {
+                    "step": progress.step,
+                    "epoch": progress.epoch,
+                    "loss": progress.loss,
+                    **{f"eval_{name}": value for name, value in progress.metrics.items()},
+                }
+            )
+    stream.close()
+    reporter.flush()
+    _require_equal(model, "of the best checkpoint")
+    marks["trained"] = time.time()
+
+    shared = _sum_up(tally, stream)
+    if rank > 0:
+        return None
+    last = tally.last
+    if last is None:
+        raise StageError("Training ended before its first step.")
+    best = checkpoints.best(work.folder, work.identity)
+    if best is None:
+        raise StageError(f"There is no complete checkpoint in {str(work.folder)!r} although training has ended.")
+    metrics = dict((best.state.get("best") or {}).get("metrics") or {})
+    best_step = (best.state.get("best") or {}).get("step") or best.step
+    epochs, steps_in_epoch = divmod(last.step, stream.steps_per_epoch)
+    rows_seen = epochs * stream.rows + min(stream.rows, steps_in_epoch * batch)
+    place = work.folder / "bundle"
+    lineage = {
+        **work.lineage,
+        "steps": last.step,
+        "best_step": best_step,
+        "rows_seen": rows_seen,
+        "global_batch_size": batch,
+        "num_workers": world,
+    }
+    plain = models.merged(model).to("cpu")
+    bundle.write(place, model=plain, processor=processor, task=task, job=job.to_json(), lineage=lineage, metrics={"validation": metrics})
+    return {
+        "bundle": str(place.uri),
+        "metrics": metrics,
+        "best_step": best_step,
+        "steps": last.step,
+        "epochs": last.epoch,
+        "rows_seen": rows_seen,
+        "global_batch_size": batch,
+        "num_workers": world,
+        "precision": precision,
+        "resumed_from": tally.resumed_from,
+        "marks": marks,
+        **shared,
+    }
+
+
+class Tally:
+    """Sums over the steps of this attempt."""
+
+    def __init__(self) -> None:
+        self.first: Any = None
+        self.last: Any = None
+        self.resumed_from: int | None = None
+        self.rows = 0
+        self.seconds = self.waited = 0.0
+
+    def add(self, progress: Any) -> None:
+        if self.last is self.first:  # the first step's time is start-up (it waits for the pipeline); it counts only while there is no other
+            self.rows, self.seconds, self.waited = 0, 0.0, 0.0
+        if self.first is None:
+            self.first, self.resumed_from = progress, progress.resumed_from
+        self.rows += progress.rows
+        self.seconds += progress.seconds
+        self.waited += progress.wait_seconds
+        self.last = progress
+
+
+class Reporter:
+    """Sends progress to the driver a few times a second, without waiting for it."""
+
+    def __init__(self, actor: Any, total: int, world: int):
+        self._actor, self._attempt = actor, uuid.uuid4().hex[:8]
+        self._waiting: list[dict[str, Any]] = []
+        self._sent = 0.0
+        self._common = {"attempt": self._attempt, "total_steps": total, "num_workers": world}
+
+    def add(self, progress: Any) -> None:
+        if self._actor is None:
+            return
+        self._waiting.append({**asdict(progress), **self._common})
+        if progress.metrics is not None or progress.notes or time.monotonic() - self._sent > REPORT_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._actor is not None and self._waiting:
+            self._actor.put.remote(self._waiting)
+            self._waiting, self._sent = [], time.monotonic()
+
+
+class RowLog:
+    """`rank-R.jsonl` files: which rows this worker saw at which step, for the steps that the final weights come from.
+
+    A run that continues from a checkpoint does later steps again, so their lines are taken out first, also those of
+    workers that are no more.
+    """
+
+    def __init__(self, folder: Folder, rank: int, world: int, steps_per_epoch: int):
+        self._folder, self._rank, self._world, self._per_epoch = folder.make(), rank, world, steps_per_epoch
+        self._file = folder / f"rank-{rank}.jsonl"
+        self._waiting: list[str] = []
+        self._remote: list[str] = []
+
+    def add(self, step: int, row_ids: list[str]) -> None:
+        """Optimizer step (from 1) and the row of each example."""
+        epoch, place = divmod(step - 1, self._per_epoch)
+        self._waiting.append(json.dumps({"epoch": epoch, "step": place, "row_ids": list(dict.fromkeys(row_ids))}))
+
+    def flush(self, resumed_from: int | None, *, first: bool, upload: bool) -> None:
+        if first:
+            self._forget_after(resumed_from or 0)
+        if self._folder.is_local:
+            with Path(self._file.path).open("a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in self._waiting)
+        else:  # object stores don't append
+            self._remote += self._waiting
+            if upload:
+                self._file.write_bytes("".join(f"{line}\n" for line in self._remote).encode())
+        self._waiting = []
+
+    def _forget_after(self, step: int) -> None:
+        for name in self._folder.names():
+            number = name.removeprefix("rank-").removesuffix(".jsonl")
+            if number.isdigit() and int(number) % self._world == self._rank:
+                kept = [line for line in _lines(self._folder / name) if line["epoch"] * self._per_epoch + line["step"] < step]
+                texts = [json.dumps(line) for line in kept]
+                (self._folder / name).write_bytes("".join(f"{text}\n" for text in texts).encode())
+                if name == f"rank-{self._rank}.jsonl":
+                    self._remote = texts
+
+
+def _lines(file: Folder) -> Iterator[dict[str, Any]]:
+    """The whole lines of a JSONL file; a killed writer leaves a torn one at the end."""
+    for line in file.read_bytes().decode(errors="replace").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
+def _require_shared(work: Work) -> None:
+    if not (work.folder / work.marker).exists():
+        import socket
+
+        raise InputError(
+            f"storage: {str(work.folder)!r} is not the same folder on the node {socket.gethostname()}: a file that was written to it where the job runs is not there. "
+            "With workers on several nodes, storage must be a folder that all of them share, or a URI such as s3://bucket/runs."
+        )
+
+
+def _require_equal(model: Any, when: str) -> None:
+    """Raises `StageError` on every worker unless all have the same trained weights, to the bit."""
+    import torch
+    import torch.distributed as dist
+
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    device = next(model.parameters()).device
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for place, parameter in enumerate(parameter for parameter in model.parameters() if parameter.requires_grad):
+        bits = parameter.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()])
+        total = total * 31 + bits.sum(dtype=torch.int64) + place
+    sums = [torch.zeros_like(total) for _ in range(dist.get_world_size())]
+    dist.all_gather(sums, total)
+    if len({int(one) for one in sums}) > 1:
+        found = ", ".join(f"worker {rank}: {int(one) & (2**64 - 1):016x}" for rank, one in enumerate(sums))
+        raise StageError(
+            f"The workers' weights differ {when} ({found}): gradients were not exchanged. Please report this with the job file."
+        )
+
+
+def _sum_up(tally: Tally, stream: Any) -> dict[str, Any]:
+    """Figures of the attempt over all workers."""
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = torch.cuda.is_available()
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if on_gpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    )
+    mine = {"encoded": stream.encoded, "truncated": stream.truncated, "waited": tally.waited, "seconds": tally.seconds, "peak": peak}
+    every: list[Any] = [mine]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, mine)
+    seconds = max(one["seconds"] for one in every)
+    encoded = sum(one["encoded"] for one in every)
+    cut = [one["truncated"] for one in every if one["truncated"] is not None]
+    return {
+        "examples_per_second": tally.rows / seconds if seconds else 0.0,
+        "data_wait_share": sum(one["waited"] for one in every) / (sum(one["seconds"] for one in every) or 1.0),
+        "peak_memory_bytes": int(max(one["peak"] for one in every)),
+        "truncated_share": sum(cut) / encoded if cut and encoded else None,
+    }
+
+
+def _seed(seed: int) -> None:
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
