@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,26 +61,11 @@ def run_side(name: str, launcher: list[str] | None = None, env: dict[str, str] |
 
 # ---- speed and accuracy --------------------------------------------------------------------------------------
 def speed(arguments: argparse.Namespace, folder: Path) -> None:
-    threads = os.cpu_count() or 1
     table: dict[str, list[dict[str, float]]] = {}
     for seed in arguments.seeds:
-        common = {"seed": seed, "epochs": arguments.epochs, "learning_rate": arguments.learning_rate}
-        data = split(folder, seed)
-        sides = {
-            f"orchestrator, 1 worker x {threads} threads": lambda: ours(
-                folder, data, workers=1, threads=threads, batch=arguments.batch, **common
-            ),
-            f"orchestrator, {threads} workers x 1 thread": lambda: ours(
-                folder, data, workers=threads, threads=1, batch=arguments.batch, **common
-            ),
-            "Trainer, best settings": lambda: run_side("trainer", data=data, batch=arguments.batch, threads=threads, best=True, **common),
-            "Trainer, batch 8 (accuracy of the tutorial recipe)": lambda: run_side(
-                "trainer", data=data, batch=8, threads=threads, best=False, pad=None, **common
-            ),
-            "Trainer, tutorial recipe (speed)": lambda: run_side(
-                "trainer", data=data, batch=8, threads=threads, best=False, pad=512, rows=arguments.tutorial_rows, **{**common, "epochs": 1}
-            ),
-        }
+        sides = sides_of(
+            arguments, folder, split(folder, seed), {"seed": seed, "epochs": arguments.epochs, "learning_rate": arguments.learning_rate}
+        )
         for name, side in sides.items():
             table.setdefault(name, []).append(side())
             print(f"seed {seed}: {name}: {json.dumps(table[name][-1])}", flush=True)
@@ -91,20 +77,41 @@ def speed(arguments: argparse.Namespace, folder: Path) -> None:
         print(f"| {name} | {rate:.1f} | {rate / base:.2f}x | {accuracy} |")
 
 
+def sides_of(
+    arguments: argparse.Namespace, folder: Path, data: dict[str, str], common: dict[str, Any]
+) -> dict[str, Callable[[], dict[str, float]]]:
+    threads = os.cpu_count() or 1
+    return {
+        f"orchestrator, 1 worker x {threads} threads": lambda: ours(
+            folder, data, workers=1, threads=threads, batch=arguments.batch, **common
+        ),
+        f"orchestrator, {threads} workers x 1 thread": lambda: ours(
+            folder, data, workers=threads, threads=1, batch=arguments.batch, **common
+        ),
+        "Trainer, best settings": lambda: run_side("trainer", data=data, batch=arguments.batch, threads=threads, best=True, **common),
+        "Trainer, batch 8 (accuracy of the tutorial recipe)": lambda: run_side(
+            "trainer", data=data, batch=8, threads=threads, best=False, pad=None, **common
+        ),
+        "Trainer, tutorial recipe (speed)": lambda: run_side(
+            "trainer", data=data, batch=8, threads=threads, best=False, pad=512, rows=arguments.tutorial_rows, **{**common, "epochs": 1}
+        ),
+    }
+
+
 def split(folder: Path, seed: int) -> dict[str, str]:
     """The reviews cut once, so that all sides see the same rows."""
     import random
 
     from orchestrator import catalog
 
-    with open(catalog.local_path("example://reviews"), newline="", encoding="utf-8") as file:
+    with Path(catalog.local_path("example://reviews")).open(newline="", encoding="utf-8") as file:
         rows = [(row["review"], row["label"]) for row in csv.DictReader(file)]
     random.Random(seed).shuffle(rows)
     parts = {"test": rows[:300], "validation": rows[300:600], "train": rows[600:]}
     paths = {}
     for name, part in parts.items():
         paths[name] = str(folder / f"{name}-{seed}.csv")
-        with open(paths[name], "w", newline="", encoding="utf-8") as file:
+        with Path(paths[name]).open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("review", "label"), *part])
     return paths
 
@@ -192,7 +199,9 @@ def trainer_side(
             logging_steps=10**6,
             use_cpu=not torch.cuda.is_available(),
         )
-        trainer = Trainer(model, settings, train_dataset=train, data_collator=DataCollatorWithPadding(tokenizer), processing_class=tokenizer)
+        trainer = Trainer(
+            model, settings, train_dataset=train, data_collator=DataCollatorWithPadding(tokenizer), processing_class=tokenizer
+        )
         figures = trainer.train().metrics
         answers = trainer.predict(files["test"]) if not options.get("rows") else None
     accuracy = float((np.argmax(answers.predictions, -1) == answers.label_ids).mean()) if answers else 0.0
@@ -260,7 +269,23 @@ def own_step(folder: Path, workers: int, *, batch: int, tokens: int, steps: int)
         import random
 
         rng = random.Random(0)
-        words = "time year people way day man thing woman life child world school state family student group country problem hand part".split()
+        words = [
+            "time",
+            "year",
+            "people",
+            "way",
+            "day",
+            "man",
+            "thing",
+            "woman",
+            "life",
+            "child",
+            "world",
+            "school",
+            "state",
+            "family",
+            "part",
+        ]
         with data.open("w", newline="") as file:
             rows = [(" ".join(rng.choices(words, k=tokens - 2)), number % 2) for number in range((steps + 4) * batch + 64)]
             csv.writer(file).writerows([("text", "label"), *rows])

@@ -141,9 +141,7 @@ def _machine(job: JobConfig) -> str:
 
 def _gpus() -> dict[str, float]:
     """GPUs by their device files: asking torch would cost seconds."""
-    return (
-        {"GPU": float(len([name for name in os.listdir("/dev") if name.removeprefix("nvidia").isdigit()]))} if Path("/dev").is_dir() else {}
-    )
+    return {"GPU": float(sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*")))}
 
 
 def _registry(job: JobConfig) -> str:

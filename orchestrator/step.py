@@ -350,7 +350,7 @@ class EmbeddingRows:
         if found is None:
             self.rows, self.values = self._dense.new_empty(0, dtype=torch.int64), self._dense[:0]
         else:
-            found = found.coalesce()
+            found = (found if found.is_sparse else found.to_sparse(1)).coalesce()  # Dense where the model uses the weights elsewhere too.
             self.rows, self.values = found.indices()[0], found.values()
         if self.world > 1:
             touched = torch.zeros(len(self._dense), dtype=torch.uint8, device=self._dense.device)
@@ -363,9 +363,10 @@ class EmbeddingRows:
             self.values /= self.world
 
     def fill(self) -> None:
-        """Before the optimizer's step: `values` as a dense gradient."""
-        self._dense[self.rows] = self.values
-        self.weight.grad = self._dense
+        """Before the optimizer's step: `values` as a dense gradient; none where the step did not use the embedding."""
+        if len(self.rows):
+            self._dense[self.rows] = self.values
+            self.weight.grad = self._dense
 
     def clear(self) -> None:
         """After the optimizer's step."""

@@ -118,7 +118,9 @@ def test_bad_input_is_a_sentence_that_names_the_place(orchestrator, job_file: Pa
     assert "Traceback" not in done.err + done.out
     for word in named:
         assert word in done.err, done.err
-    half_written = [str(path) for path in tmp_path.rglob("*") if path.name.endswith(".tmp") or "bundle" in path.name or path.suffix == ".parquet"]
+    half_written = [
+        str(path) for path in tmp_path.rglob("*") if path.name.endswith(".tmp") or "bundle" in path.name or path.suffix == ".parquet"
+    ]
     assert not half_written
 
 

@@ -38,7 +38,9 @@ def test_a_killed_run_continues_with_the_losses_of_one_that_never_died(orchestra
         os.kill(first.pid, signal.SIGKILL)
         first.wait()
 
-    second = orchestrator("train", job_file, "--json", "--storage", tmp_path / "killed", "--set", f"resources.num_workers={workers}", *OPTIONS)
+    second = orchestrator(
+        "train", job_file, "--json", "--storage", tmp_path / "killed", "--set", f"resources.num_workers={workers}", *OPTIONS
+    )
     assert second.status == 0, second.err
     assert second.result["run"] == whole.result["run"]
     resumed_from = second.result["train"]["resumed_from"]

@@ -16,8 +16,11 @@ def losses(history: list[Any]) -> list[float]:
     return [progress.loss for progress in history]
 
 
-def test_same_losses_and_weights_as_transformers_trainer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("large_embedding", [1, 1 << 20])
+def test_same_losses_and_weights_as_transformers_trainer(tmp_path: Path, large_embedding: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import Trainer, TrainingArguments
+
+    monkeypatch.setattr("orchestrator.step.LARGE_EMBEDDING", large_embedding)
 
     examples = tiny.rows(40)
     ours = tiny.bert()
