@@ -124,10 +124,11 @@ class TextClassification(Task):
         """Each row is one example, cut at the limit; `truncated` says whether it was."""
         pairs = [row.get("text_pair") for row in rows]
         examples = texts.encode([row["text"] for row in rows], pairs, processor, texts.limit(processor, self.max_length))
-        places = {} if self.problem == "regression" else {name: place for place, name in enumerate(self._names)}
-        for row, example in zip(rows, examples, strict=True):
-            if "label" in row:
-                example["labels"] = self._target(row["label"], places)
+        if any("label" in row for row in rows):
+            places = {name: place for place, name in enumerate(self._names)}
+            for row, example in zip(rows, examples, strict=True):
+                if "label" in row:
+                    example["labels"] = self._target(row["label"], places)
         return [[example] for example in examples]
 
     def _target(self, label: Any, places: Mapping[str, int]) -> int | float | list[float]:
