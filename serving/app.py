@@ -53,17 +53,25 @@ def deploy(
     Ray must be connected. Returns when it answers. Raises `InputError` for a port in use, missing API keys or a bundle that
     is none; `StageError` with the reason where the new replica doesn't come up (an endpoint that ran before goes on).
     """
-    display = display or Silent()
+    from ray import serve
+
     from orchestrator import bundle as bundles
 
+    display = display or Silent()
     bundle = bundles.load(bundle_uri)
     hashes = tuple(auth.hashed(key) for key in auth.keys(section))
     spec = Spec(bundle=bundle_uri, name=name, version=version, section=section, key_hashes=hashes)
     address = _start(section, display)
     app_name = _app_name(name)
+    ran_before = app_name in status()
     prefix = _prefix(app_name, display)
     _run(spec, app_name, prefix)
-    _wait_until_running(app_name, timeout_s, display)
+    try:
+        _wait_until_running(app_name, timeout_s, display)
+    except StageError:
+        if not ran_before:  # Nothing would answer, and it would take its place as soon as there is room.
+            serve.delete(app_name, _blocking=False)
+        raise
     url = f"http://{address}{prefix if prefix != '/' else ''}"
     _wait_until_answering(url, spec, bundle.digest, timeout_s)
     return Endpoint(url=url, name=name, version=version, digest=bundle.digest, app=app_name)
@@ -263,7 +271,7 @@ def _run(spec: Spec, app_name: str, prefix: str) -> None:
         health_check_period_s=5,
         health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=min(section.request_timeout_s, 60.0) + haproxy.DRAIN_S + 5,
+        graceful_shutdown_timeout_s=min(section.request_timeout_s, 30.0) + haproxy.DRAIN_S,
         logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
         **scaling,
     )

@@ -139,14 +139,18 @@ def test_answers_are_the_predictors(endpoint: Endpoint, predictor: Predictor) ->
     assert predictor.task.answer_difference(together.json(), alone) < 1e-5
 
 
-def test_the_hugging_face_client_works_unmodified(endpoint: Endpoint, predictor: Predictor) -> None:
-    from huggingface_hub import InferenceClient
+def test_the_hugging_face_client_works_unmodified(endpoint: Endpoint, predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import InferenceClient, constants
     from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import _detect_agent
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # it would not ask this machine either
+    monkeypatch.setattr(_detect_agent, "_registry", {})  # which it would look up at huggingface.co
     for url in (endpoint.url, f"{endpoint.url}/models/reviews"):
         client = InferenceClient(model=url)
         elements = client.text_classification(TEXTS[1])
-        assert [{"label": element.label, "score": element.score} for element in elements] == pytest.approx(expected(predictor, TEXTS[1])[0])
+        found = [[{"label": element.label, "score": element.score} for element in elements]]
+        assert predictor.task.answer_difference(found, expected(predictor, TEXTS[1])) < 1e-5
         assert len(client.text_classification(TEXTS[1], top_k=1)) == 1
     with pytest.raises(HfHubHTTPError, match="empty"):
         client.text_classification("")
@@ -178,8 +182,7 @@ def test_errors_are_json_also_through_the_proxy(endpoint: Endpoint, status: int,
         return
     assert answer.status_code == status
     assert answer.json().keys() == {"error", "error_type"}
-    assert "Traceback" not in answer.text
-    assert "/" not in answer.json()["error"].replace("application/json", "").replace("POST /", "").replace("GET /docs", "")
+    assert not [part for part in ("Traceback", ".py", "site-packages", str(Path.cwd())) if part in answer.text]
 
 
 def test_hostile_bodies_are_refused_and_leave_it_unharmed(endpoint: Endpoint) -> None:
@@ -340,9 +343,10 @@ def test_an_altered_bundle_is_refused(endpoint: Endpoint, bundle: str, section: 
 
 def test_a_deployment_that_the_cluster_has_no_room_for_says_so(endpoint: Endpoint, bundle: str, section: ServingSection) -> None:
     with pytest.raises(StageError, match=r"did not come up within 3 s .*of 2 CPUs"):
-        app.deploy(bundle, section.model_copy(update={"cpus_per_replica": 64.0}), name="huge", version=1, timeout_s=3)
-    app.delete("huge")
-    assert "huge" not in app.status()
+        app.deploy(
+            bundle, section.model_copy(update={"cpus_per_replica": 64.0, "request_timeout_s": 1.0}), name="huge", version=1, timeout_s=3
+        )
+    wait_for(lambda: "huge" not in app.status(), 30)
 
 
 def test_keys_are_asked_for_and_another_model_answers_beside_the_first(
