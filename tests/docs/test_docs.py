@@ -38,7 +38,7 @@ COVERED = {
     "orchestrator serve": ("stays up", "tests/e2e/test_serve.py::test_a_model_is_served_until_it_is_interrupted"),
     "orchestrator submit": ("needs a cluster", "tests/ray/test_submit.py::test_a_job_runs_once_with_what_it_needs"),
     "orchestrator jobs": ("needs a cluster", "tests/ray/test_submit.py::test_a_running_job_is_found_followed_and_stopped"),
-    "ray up": ("starts machines that cost money", "tests/unit/test_cluster_config.py::test_ray_takes_it"),
+    "ray up": ("starts machines that cost money", "tests/unit/test_cluster_yaml.py::test_it_is_valid_for_rays_launcher"),
     "make demo": ("trains for minutes", "tests/e2e/test_recipes.py::test_every_recipe_runs"),
     "make install": ("the tests stand on it", "tests/docs/test_docs.py::test_make_knows_its_targets"),
     "make test": ("is this", "tests/docs/test_docs.py::test_make_knows_its_targets"),
