@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -115,6 +116,7 @@ def conflicts(distribution: str, *, deep: bool = True) -> tuple[list[str], int]:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
+    version = functools.cache(importlib.metadata.version)
     wrong: list[str] = []
     seen: set[tuple[str, frozenset[str]]] = set()
     waiting: list[tuple[str, frozenset[str]]] = [(distribution, frozenset())]
@@ -129,12 +131,12 @@ def conflicts(distribution: str, *, deep: bool = True) -> tuple[list[str], int]:
             if marker is not None and not any(marker.evaluate({"extra": extra}) for extra in (extras or {""})):
                 continue
             try:
-                version = importlib.metadata.version(requirement.name)
+                installed = version(requirement.name)
             except importlib.metadata.PackageNotFoundError:
                 wrong.append(f"{name} needs {requirement.name}{requirement.specifier}, which is not installed.")
                 continue
-            if not requirement.specifier.contains(version, prereleases=True):
-                wrong.append(f"{name} needs {requirement.name}{requirement.specifier}, and {version} is installed.")
+            if not requirement.specifier.contains(installed, prereleases=True):
+                wrong.append(f"{name} needs {requirement.name}{requirement.specifier}, and {installed} is installed.")
             if deep:
                 waiting.append((requirement.name, frozenset(requirement.extras)))
     return sorted(set(wrong)), len({name for name, _ in seen}) - 1

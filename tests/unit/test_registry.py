@@ -22,7 +22,6 @@ from orchestrator.tasks.base import Task
 class Guess(Task):
     """A task that knows two metrics, one of which should fall."""
 
-    key = "tests.unit.test_registry:Guess"
     lower_is_better = frozenset({"error"})
     best: str = "accuracy"
 
