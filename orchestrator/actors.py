@@ -60,6 +60,7 @@ def tables(build: Callable[[], Dataset], timeout_s: float, **settings: Any) -> I
     """
     import ray
     from ray.data import DataContext
+    from ray.exceptions import GetTimeoutError
 
     with warnings.catch_warnings():  # Copying touches settings that Ray itself deprecates.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -74,7 +75,7 @@ def tables(build: Callable[[], Dataset], timeout_s: float, **settings: Any) -> I
         blocks = iter(build().iter_batches(batch_size=None, batch_format="pyarrow"))
     try:
         yield from (block for block in blocks if block.num_rows)
-    except ray.exceptions.GetTimeoutError:
+    except GetTimeoutError:
         free = ray.available_resources()
         raise StageError(
             f"No actor that predicts could start within {timeout_s:g} s: the cluster has {free.get('CPU', 0):g} CPUs and "

@@ -169,8 +169,8 @@ def _splits(tables: Iterator[pa.Table], total: int, display: Display) -> Iterato
     done = 0
     display.step(0, total, "rows")
     for table in tables:
-        for split in pc.unique(table["_split"]).to_pylist():
-            yield split, table.filter(pc.equal(table["_split"], split)).drop_columns("_split")
+        for split in table["_split"].unique().to_pylist():
+            yield split, table.filter(pc.field("_split") == split).drop_columns("_split")
         done += table.num_rows
         display.step(done, total, "rows")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator import batching, models, processors
 from orchestrator.bundle import Bundle
@@ -13,6 +13,7 @@ from orchestrator.errors import InputError, StageError
 from orchestrator.tasks.base import Example, Prediction, Row, Task
 
 TOKENS_PER_BATCH = 4096
+Setting = Literal["auto", "bf16", "fp16", "fp32"]
 
 
 def forward(task: Task, model: Any, processor: Any, examples: Sequence[Example], *, tokens: int, precision: str) -> list[Any]:
@@ -47,7 +48,9 @@ class Predictor:
     `threads` sets torch's threads for the whole process (None: left as they are). The model goes to the GPU where there is one.
     """
 
-    def __init__(self, bundle: Bundle, *, precision: str = "auto", threads: int | None = None, tokens_per_batch: int = TOKENS_PER_BATCH):
+    def __init__(
+        self, bundle: Bundle, *, precision: Setting = "auto", threads: int | None = None, tokens_per_batch: int = TOKENS_PER_BATCH
+    ):
         import torch
 
         if threads is not None:

@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 def load(name: str, config: str | None = None) -> Any:
     """The `evaluate` module `name`, loaded once in a process; `InputError` where there is none or the hub can't be reached."""
     import evaluate
+    import evaluate.config
     import huggingface_hub.constants
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:  # `evaluate` knows a variable of its own only.

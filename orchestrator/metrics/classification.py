@@ -36,13 +36,14 @@ class Classification(evaluate.Metric):
         says = given.astype(bool) if several else given[:, None] == columns
         occurs = has.any(axis=0) | says.any(axis=0)
 
-        each = sklearn.metrics.precision_recall_fscore_support(has, says, average=None, zero_division=0)
-        micro = sklearn.metrics.precision_recall_fscore_support(has, says, average="micro", zero_division=0)
+        hits, said, true = (has & says).sum(axis=0), says.sum(axis=0), has.sum(axis=0)
+        each = _ratios(hits, said, true)
+        micro = _ratios(hits.sum(), said.sum(), true.sum())
         result = {"accuracy": float((has == says).all(axis=1).mean())}
-        for kind, per_label, over_all in zip(("precision", "recall", "f1"), each[:3], micro[:3], strict=True):
+        for kind, per_label in each.items():
             result[kind + "_macro"] = float(per_label[occurs].mean()) if occurs.any() else 0.0
-            result[kind + "_micro"] = float(over_all)
-            result[kind + "_weighted"] = float(np.average(per_label, weights=each[3])) if each[3].any() else 0.0
+            result[kind + "_micro"] = float(micro[kind])
+            result[kind + "_weighted"] = float(np.average(per_label, weights=true)) if true.any() else 0.0
             for name, value in zip(labels, per_label, strict=True):
                 result[kind + "/" + name] = float(value)
 
@@ -53,3 +54,12 @@ class Classification(evaluate.Metric):
         if len(np.unique(pairs[0])) > 1:
             result["mcc"] = float(sklearn.metrics.matthews_corrcoef(*pairs))
         return result
+
+
+def _ratios(hits, said, true):
+    """Precision, recall and F1 from counts, 0 where there is nothing to divide by."""
+    return {
+        "precision": hits / np.maximum(said, 1),
+        "recall": hits / np.maximum(true, 1),
+        "f1": 2 * hits / np.maximum(said + true, 1),
+    }

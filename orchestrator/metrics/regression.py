@@ -29,7 +29,7 @@ class Regression(evaluate.Metric):
         result = {"mse": float(np.mean(error**2)), "mae": float(np.mean(np.abs(error)))}
         if np.ptp(right) > 0:
             constant = np.ptp(said) == 0
-            result["pearson"] = 0.0 if constant else float(scipy.stats.pearsonr(said, right).statistic)
-            result["spearman"] = 0.0 if constant else float(scipy.stats.spearmanr(said, right).statistic)
+            for name, correlate in (("pearson", scipy.stats.pearsonr), ("spearman", scipy.stats.spearmanr)):
+                result[name] = 0.0 if constant else float(np.asarray(correlate(said, right))[0])
             result["r2"] = float(1 - np.sum(error**2) / np.sum((right - right.mean()) ** 2))
         return result

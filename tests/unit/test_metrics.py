@@ -122,6 +122,14 @@ def test_the_tables_count_every_row():
     assert [line["rows"] for line in tables["per_class"]] == matrix.sum(axis=1).tolist()
 
 
+def test_a_single_label_that_may_be_given_or_not():
+    one = task(problem="multi-label", labels=["spam"])
+    said = [{"labels": ["spam"] if score >= 0.5 else [], "scores": {"spam": score}} for score in (0.9, 0.6, 0.2, 0.1)]
+    found = one.score(said, [{"label": ["spam"]}, {"label": []}, {"label": []}, {"label": ["spam"]}], one.metrics())
+    assert found["precision/spam"] == found["recall/spam"] == found["f1_macro"] == found["f1_micro"] == found["accuracy"] == 0.5
+    assert found["roc_auc"] == 0.5
+
+
 def test_predictions_and_rows_must_be_as_many():
     with pytest.raises(ValueError, match="zip"):
         task(problem="regression").score([{"value": 1.0}], [{"label": 1.0}, {"label": 2.0}])
