@@ -72,7 +72,7 @@ def tables(build: Callable[[], Dataset], timeout_s: float, **settings: Any) -> I
     for name, value in settings.items():
         setattr(context, name, value)
     with DataContext.current(context):
-        blocks = iter(build().iter_batches(batch_size=None, batch_format="pyarrow"))
+        blocks: Any = iter(build().iter_batches(batch_size=None, batch_format="pyarrow"))
     try:
         yield from (block for block in blocks if block.num_rows)
     except GetTimeoutError:
