@@ -7,8 +7,8 @@ job on another number of workers, finds them by itself. Ray is told the metrics 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import re
 import subprocess
 import threading
 import time
@@ -16,7 +16,6 @@ import traceback
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from orchestrator import cluster
@@ -103,8 +102,7 @@ def train(job: JobConfig, prepared: PreparedData, folder: Folder, display: Displ
         job=job, prepared=prepared, folder=folder, lineage=lineage(job, prepared), threads=asked.threads, tasks=tasks, task_cpus=task_cpus,
         reports=reports, marker=marker,
     )  # fmt: skip
-    history = History(folder / "history.jsonl")
-    follower = Follower(display, history)
+    follower = Follower(display)
     name = f"train-{uuid.uuid4().hex[:8]}"
     trainer = TorchTrainer(
         _worker_function(work),
@@ -135,7 +133,6 @@ def train(job: JobConfig, prepared: PreparedData, folder: Folder, display: Displ
                 fit.join(POLL_S)
         follower.follow(ray.get(reports.drain.remote(), timeout=ACTOR_TIMEOUT_S))
     finally:
-        history.save()
         ray.kill(reports)  # pyright: ignore[reportArgumentType]
         (folder / marker).delete()
         (folder / "ray").delete()
@@ -181,57 +178,27 @@ class Reports:
         return reports
 
 
-class History:
-    """`history.jsonl`: a line for each step that the final weights come from."""
-
-    def __init__(self, file: Folder):
-        self._file = file
-        self._lines: list[dict[str, Any]] = []
-        if file.exists():
-            for line in file.read_bytes().decode(errors="replace").splitlines():
-                try:
-                    self._lines.append(json.loads(line))
-                except ValueError:  # torn by a kill; all that counts is before it
-                    break
-
-    def restart(self, step: int) -> None:
-        """Training continues after `step`: what was noted of later steps is done again."""
-        self._lines = [line for line in self._lines if line["step"] <= step]
-        self.save()
-
-    def add(self, lines: Sequence[dict[str, Any]]) -> None:
-        self._lines += lines
-        if self._file.is_local and lines:
-            with Path(self._file.path).open("a", encoding="utf-8") as file:
-                file.writelines(f"{json.dumps(line)}\n" for line in lines)
-
-    def save(self) -> None:
-        self._file.write_bytes("".join(f"{json.dumps(line)}\n" for line in self._lines).encode())
-
-
 class Follower:
-    """Turns the workers' reports into what a person sees and what `history.jsonl` keeps."""
+    """Shows the workers' reports to a person."""
 
-    def __init__(self, display: Display, history: History):
-        self._display, self._history = display, history
+    def __init__(self, display: Display):
+        self._display = display
         self._attempt: str | None = None
         self._recent: list[tuple[int, float]] = []
 
     def follow(self, reports: Sequence[dict[str, Any]]) -> None:
-        lines = []
+        last = None
         for report in reports:
             if "failure" in report:
                 self._display.warn(report["failure"])
                 continue
             if report["attempt"] != self._attempt:
-                self._history.add(lines)
-                lines = []
                 self._begin(report)
             for note in report["notes"]:
                 self._display.warn(note)
             if report["rows"]:
-                lines.append(_line(report))
                 self._recent = [*self._recent[-49:], (report["rows"], report["seconds"])]
+                last = report
             if report["metrics"] is not None:
                 figures = ", ".join(f"{name} {value:.4g}" for name, value in report["metrics"].items() if "/" not in name)
                 self._display.say(
@@ -239,13 +206,11 @@ class Follower:
                 )
             if report["stopped"]:
                 self._display.say(f"stopped early at step {report['step']}: {report['stopped']}")
-        self._history.add(lines)
-        if reports and (shown := [report for report in reports if "step" in report and report["rows"]]):
-            self._show(shown[-1])
+        if last is not None:
+            self._show(last)
 
     def _begin(self, report: dict[str, Any]) -> None:
         step = report["resumed_from"]
-        self._history.restart(step or 0)
         if step is not None:
             self._display.say(f"continues from the checkpoint of step {step} of {report['total_steps']}")
         elif self._attempt is not None:
@@ -259,12 +224,6 @@ class Follower:
             report["step"], report["total_steps"], loss=report["loss"], lr=report["learning_rate"],
             rate=f"{rows / max(seconds, 1e-9):.0f} examples/s", eta=f"{int(left) // 60}:{int(left) % 60:02d}",
         )  # fmt: skip
-
-
-def _line(report: dict[str, Any]) -> dict[str, Any]:
-    names = ("step", "epoch", "loss", "learning_rate", "grad_norm", "rows", "seconds", "wait_seconds")
-    line = {name: report[name] for name in names}
-    return {**line, "metrics": report["metrics"], "best": report["best"]} if report["metrics"] is not None else line
 
 
 class _Fit(threading.Thread):
@@ -300,7 +259,7 @@ def _failures(reports: Any) -> Any:
                 if isinstance(error, (InputError, StageError)) or (not isinstance(error, (OSError, RuntimeError)) and not _is_death(error)):
                     raise error  # a callback's error ends the run; a restart would end the same way
             rank, error = next(iter(worker_exceptions.items()))
-            reports.put.remote([{"failure": f"Worker {rank} failed ({_one_line(error)}); starting the workers again."}])
+            reports.put.remote([{"failure": f"Worker {rank} failed: {_one_line(error)}. The workers start again."}])
 
     return Failures()
 
@@ -331,7 +290,7 @@ def _explain(error: BaseException, asked: Workers, job: JobConfig, folder: Folde
     root = causes[-1]
     tries = f" after {job.resources.max_failures} restarts" if _is_death(root) and job.resources.max_failures else ""
     return StageError(
-        f"Training failed{tries}: {_one_line(root)}. The whole story is in {log}; the same command continues from the last checkpoint."
+        f"Training failed{tries}: {'a worker failed, ' if _is_death(root) else ''}{_one_line(root)}. The whole story is in {log}; the same command continues from the last checkpoint."
     )
 
 
@@ -356,6 +315,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
+    if _is_death(error):
+        place = re.search(r"\bip: (\S+)", text)
+        return f"its process{f' on node {place[1]}' if place else ''} died, killed or out of memory"
     return f"{type(error).__name__}: {text[:300]}{'…' if len(text) > 300 else ''}".rstrip(": .")
 
 

@@ -9,7 +9,6 @@ import resource
 import sys
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +80,9 @@ def run(work: Work) -> dict[str, Any] | None:
     )
     total = loop.total_steps(settings, encoding.plan(0).steps)
     stream = RankStream(encoding, total_steps=total, tasks=work.tasks, cpus=work.task_cpus)
-    if not (work.folder / "checkpoints").names():
-        stream.begin(0, 0)  # rows are read and encoded while the model loads
+    done = _newest_step(work.folder)
+    if done < total:
+        stream.begin(*divmod(done, stream.steps_per_epoch))  # rows are read and encoded while the model loads
     precision = models.hardware_precision(settings.precision)
     model = models.load(task, section, precision=precision, seed=settings.seed)
     marks["model"] = time.time()
@@ -93,21 +93,20 @@ def run(work: Work) -> dict[str, Any] | None:
         rows = SplitRows(Encoding.of(work.prepared, "validation", processor, rank=rank, world=world), tasks=work.tasks, cpus=work.task_cpus)
         tokens = {"tokens": job.evaluation.tokens_per_batch} if job.evaluation.tokens_per_batch else {}
         validate = Validation(task, processor, rows, precision=precision, wanted=[*(job.evaluation.metrics or ()), best_by], **tokens)
-    log = RowLog(work.folder / "rows", rank, world, stream.steps_per_epoch) if settings.record_rows else None
+    logs = Logs(work.folder, rank, world, stream.steps_per_epoch, record_rows=settings.record_rows)
     steps = loop.train(
         task, model, processor, settings, stream, folder=work.folder, validate=validate, global_batch_size=batch,
-        identity=work.identity, checkpoint=job.checkpoint, on_rows=log.add if log else None,
+        identity=work.identity, checkpoint=job.checkpoint, on_rows=logs.rows,
     )  # fmt: skip
     tally = Tally()
     reporter = Reporter(work.reports if rank == 0 else None, total, world)
     for progress in steps:
         tally.add(progress)
+        logs.progress(progress)
         reporter.add(progress)
         if tally.first is progress:
             began = time.time() - progress.seconds
             marks |= {"setup": began, "first_rows": began + progress.wait_seconds, "first_step": began + progress.seconds}
-        if log is not None:
-            log.flush(progress.resumed_from if tally.first is progress else None, first=tally.first is progress, upload=progress.saved)
         if progress.step % stream.steps_per_epoch == 0 or progress.step == total or progress.stopped:
             _require_equal(model, f"after step {progress.step}")
         if progress.metrics is not None:
@@ -207,54 +206,88 @@ class Reporter:
             self._waiting, self._sent = [], time.monotonic()
 
 
-class RowLog:
-    """`rank-R.jsonl` files: which rows this worker saw at which step, for the steps that the final weights come from.
+class StepLog:
+    """A JSONL file with a line for each step that the final weights come from.
 
-    A run that continues from a checkpoint does later steps again, so their lines are taken out first, also those of
-    workers that are no more.
+    A run that continues from a checkpoint does later steps again, so it takes their lines out first.
     """
 
-    def __init__(self, folder: Folder, rank: int, world: int, steps_per_epoch: int):
-        self._folder, self._rank, self._world, self._per_epoch = folder.make(), rank, world, steps_per_epoch
-        self._file = folder / f"rank-{rank}.jsonl"
+    def __init__(self, file: Folder):
+        self._file = file
         self._waiting: list[str] = []
-        self._remote: list[str] = []
+        self._written: list[str] = []
 
-    def add(self, step: int, row_ids: list[str]) -> None:
-        """Optimizer step (from 1) and the row of each example."""
-        epoch, place = divmod(step - 1, self._per_epoch)
-        self._waiting.append(json.dumps({"epoch": epoch, "step": place, "row_ids": list(dict.fromkeys(row_ids))}))
+    def restart(self, step: int) -> None:
+        """Forgets the lines of steps after `step`, and what a killed writer left of its last line."""
+        self._written = []
+        if self._file.exists():
+            for text in self._file.read_bytes().decode(errors="replace").splitlines():
+                try:
+                    keep = json.loads(text)["step"] <= step
+                except ValueError:
+                    break
+                if keep:
+                    self._written.append(text)
+            self._file.write_bytes("".join(f"{text}\n" for text in self._written).encode())
+        elif self._file.is_local:
+            Path(self._file.path).parent.mkdir(parents=True, exist_ok=True)
 
-    def flush(self, resumed_from: int | None, *, first: bool, upload: bool) -> None:
-        if first:
-            self._forget_after(resumed_from or 0)
-        if self._folder.is_local:
+    def add(self, **line: Any) -> None:
+        self._waiting.append(json.dumps(line))
+
+    def flush(self, *, upload: bool) -> None:
+        """Writes what was added; object stores, which don't append, get the whole file with `upload`."""
+        if self._file.is_local:
             with Path(self._file.path).open("a", encoding="utf-8") as file:
-                file.writelines(f"{line}\n" for line in self._waiting)
-        else:  # object stores don't append
-            self._remote += self._waiting
+                file.writelines(f"{text}\n" for text in self._waiting)
+        else:
+            self._written += self._waiting
             if upload:
-                self._file.write_bytes("".join(f"{line}\n" for line in self._remote).encode())
+                self._file.write_bytes("".join(f"{text}\n" for text in self._written).encode())
         self._waiting = []
 
-    def _forget_after(self, step: int) -> None:
-        for name in self._folder.names():
-            number = name.removeprefix("rank-").removesuffix(".jsonl")
-            if number.isdigit() and int(number) % self._world == self._rank:
-                kept = [line for line in _lines(self._folder / name) if line["epoch"] * self._per_epoch + line["step"] < step]
-                texts = [json.dumps(line) for line in kept]
-                (self._folder / name).write_bytes("".join(f"{text}\n" for text in texts).encode())
-                if name == f"rank-{self._rank}.jsonl":
-                    self._remote = texts
+
+class Logs:
+    """`history.jsonl` of the run (rank 0) and, where asked for, `rows/rank-R.jsonl`: which rows this worker saw at which step."""
+
+    def __init__(self, folder: Folder, rank: int, world: int, steps_per_epoch: int, *, record_rows: bool):
+        self._per_epoch = steps_per_epoch
+        self._history = StepLog(folder / "history.jsonl") if rank == 0 else None
+        self._rows = StepLog(folder / "rows" / f"rank-{rank}.jsonl") if record_rows else None
+        names = (folder / "rows").names()  # also of workers that are no more, each restarted by one that is
+        numbers = [name.removeprefix("rank-").removesuffix(".jsonl") for name in names]
+        self._gone = [
+            StepLog(folder / "rows" / f"rank-{number}.jsonl")
+            for number in numbers
+            if number.isdigit() and int(number) % world == rank != int(number)
+        ]
+        self._started = False
+
+    def rows(self, step: int, row_ids: list[str]) -> None:
+        """Optimizer step (from 1) and the row of each example."""
+        if self._rows is not None:
+            self._rows.add(epoch=(step - 1) // self._per_epoch, step=step, row_ids=list(dict.fromkeys(row_ids)))
+
+    def progress(self, progress: Any) -> None:
+        logs = [log for log in (self._history, self._rows) if log is not None]
+        if not self._started:
+            for log in [*logs, *self._gone]:
+                log.restart(progress.resumed_from or 0)
+            self._started = True
+        if self._history is not None and progress.rows:
+            line = {
+                name: getattr(progress, name)
+                for name in ("step", "epoch", "loss", "learning_rate", "grad_norm", "rows", "seconds", "wait_seconds")
+            }
+            self._history.add(**line, **({"metrics": progress.metrics, "best": progress.best} if progress.metrics is not None else {}))
+        for log in logs:
+            log.flush(upload=progress.saved)
 
 
-def _lines(file: Folder) -> Iterator[dict[str, Any]]:
-    """The whole lines of a JSONL file; a killed writer leaves a torn one at the end."""
-    for line in file.read_bytes().decode(errors="replace").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return
+def _newest_step(folder: Folder) -> int:
+    """Where training probably goes on; should the newest checkpoint be torn, the loop asks for rows from another step."""
+    names = (folder / "checkpoints").names()
+    return max((int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdigit()), default=0)
 
 
 def _require_shared(work: Work) -> None:

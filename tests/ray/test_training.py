@@ -195,7 +195,7 @@ def test_a_killed_worker_costs_time_and_nothing_else(
     assert 0 < record.resumed_from <= STEPS + 4
     assert losses(record) == pytest.approx(losses(alone[0]), abs=1e-4)
     assert rows(tmp_path / "run") == rows(alone[1])
-    assert any("starting the workers again" in sentence for sentence in heard.sentences)
+    assert any("The workers start again" in sentence for sentence in heard.sentences)
     assert f"continues from the checkpoint of step {record.resumed_from} of {EPOCHS * STEPS}" in heard.sentences
 
 
@@ -204,7 +204,9 @@ def test_another_number_of_workers_continues_with_exactly_the_rest(
 ) -> None:
     dies_once(5)
     folder = Folder(str(tmp_path / "run"))
-    with pytest.raises(StageError, match=r"^Training failed: .*died.*failure\.log; the same command continues"):
+    with pytest.raises(
+        StageError, match=r"^Training failed: a worker failed, its process on node \S+ died, .*failure\.log; the same command continues"
+    ):
         training.train(job(tiny_model, 2, resources={"max_failures": 0}), prepared, folder, Silent())
     assert (tmp_path / "run/failure.log").read_text()
     record = training.train(job(tiny_model, 1), prepared, folder, Silent())
@@ -224,7 +226,7 @@ def test_what_a_worker_says_reaches_the_user_as_it_stands_and_at_once(
             Folder(str(tmp_path)),
             heard,
         )
-    assert not any("again" in sentence for sentence in heard.sentences)
+    assert not any("start again" in sentence for sentence in heard.sentences)
 
 
 def test_a_base_model_that_is_not_there_is_bad_input(prepared: Any, ray_session: Any, tmp_path: Path) -> None:
