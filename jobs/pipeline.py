@@ -38,6 +38,8 @@ def main(
     """
     run = pipeline.Run(job, display)
     display.stage("check")
+    for sentence in cluster.sweep():  # what a killed run left behind may hold the endpoint's port
+        display.say(sentence)
     validate.require(job, serve=until == "deploy", address=address)
     with run.alone(fresh=fresh), cluster.session(address, log_dir=run.log_dir, verbose=verbose) as session:
         preflight.require_resources(job, session.nodes())

@@ -60,7 +60,7 @@ def main() -> None:
     """The `orchestrator` command."""
     with errors_to_exit_status(json="--json" in sys.argv):
         try:
-            code = app(standalone_mode=False)
+            code = app(standalone_mode=False, prog_name="orchestrator")
         except typer.TyperException as error:
             context = getattr(error, "ctx", None)
             hint = f" `{context.command_path} --help` says what there is." if context else ""

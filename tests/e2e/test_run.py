@@ -35,4 +35,4 @@ def test_one_command_takes_reviews_to_answers_and_again_reuses_them(orchestrator
     with (tmp_path / "out.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["id"] for row in rows] == ["1", "2"]
-    assert [row["label"] for row in rows] == ["positive", "negative"]
+    assert [row["prediction_label"] for row in rows] == ["positive", "negative"]
