@@ -219,11 +219,8 @@ class Follower:
 
     def _show(self, report: dict[str, Any]) -> None:
         rows, seconds = (sum(values) for values in zip(*self._recent, strict=True))
-        left = (report["total_steps"] - report["step"]) * seconds / len(self._recent)
-        self._display.step(
-            report["step"], report["total_steps"], loss=report["loss"], lr=report["learning_rate"],
-            rate=f"{rows / max(seconds, 1e-9):.0f} examples/s", eta=f"{int(left) // 60}:{int(left) % 60:02d}",
-        )  # fmt: skip
+        rate = f"{rows / max(seconds, 1e-9):.0f} examples/s"
+        self._display.step(report["step"], report["total_steps"], loss=report["loss"], lr=report["learning_rate"], rate=rate)
 
 
 class _Fit(threading.Thread):
