@@ -42,7 +42,13 @@ def main(
         display.say(sentence)
     validate.require(job, serve=until == "deploy", address=address)
     with run.alone(fresh=fresh), cluster.session(address, log_dir=run.log_dir, verbose=verbose) as session:
-        preflight.require_resources(job, session.nodes())
+        found = cluster.resources()
+        # What an autoscaler may still add isn't on a node yet; then only the sums can be asked about.
+        preflight.require_resources(job, list(found.nodes) if found.maximum == found.total else [found.maximum])
+        if found.maximum.get("GPU", 0) > found.total.get("GPU", 0) and "auto" in (job.resources.num_workers, job.resources.gpus_per_worker):
+            display.warn(
+                "The cluster can grow by GPUs that aren't there yet: to train on them, set resources.num_workers and gpus_per_worker."
+            )
         deploy = Deployment(display, stays=not session.embedded, keep=keep_serving)
         result = pipeline.run(run, until=until, promote=promote, deploy=deploy if until == "deploy" else None)
         if until == "deploy":

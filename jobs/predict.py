@@ -34,7 +34,12 @@ def main(
     resolved = Registry(registry, Folder(storage)).resolve(model)
     trained = bundles.load(resolved.bundle).job["data"]
     options = {key: trained[key] for key in ("columns", "delimiter", "header", "names", "encoding")}
-    data = DataSection.parse(override({"data": {**options, "train": source}}, assignments or [])["data"], "data")
+    data = DataSection.parse(
+        override(
+            {"data": {**options, "train": source}}, [text if text.startswith("data.") else f"data.{text}" for text in assignments or []]
+        )["data"],
+        "data",
+    )
     log_dir = Path(Folder(storage).path) / "predict" / "logs" if Folder(storage).is_local else Path.cwd() / "predict-logs"
     with cluster.session(address, log_dir=log_dir, verbose=verbose):
         counted = batch_prediction.predict(resolved.bundle, data, output, display=display)

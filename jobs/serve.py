@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def main(
     )
     section["serving"].update({key: value for key, value in {"host": host, "port": port}.items() if value is not None})
     serving = ServingSection.parse(section["serving"], "serving")
-    app.require_free(serving)
+    if not (address or os.environ.get("RAY_ADDRESS")):  # a running cluster may serve at this address already
+        app.require_free(serving)
     log_dir = Path(Folder(storage).path) / "serve" / "logs" if Folder(storage).is_local else Path.cwd() / "serve-logs"
     with cluster.session(address, log_dir=log_dir, verbose=verbose):
         endpoint = app.deploy(resolved.bundle, serving, name=resolved.name, version=resolved.version, display=display)

@@ -124,11 +124,11 @@ def delete_torn(folder: Folder, newest: Checkpoint | None) -> None:
 
 
 def require_space(folder: Folder, size: int) -> None:
-    """Raises `StageError` where a local disk has less than `size` bytes free for `folder`."""
+    """Raises `InputError` where a local disk has less than `size` bytes free for `folder`."""
     if folder.is_local:
         free = shutil.disk_usage(_existing(Path(folder.path))).free
         if free < size + SLACK:
-            raise StageError(
+            raise InputError(
                 f"The disk of {str(folder)!r} is full: a checkpoint needs {_size(size + SLACK)} and {_size(free)} are free. "
                 "Free some space or set storage to another place; the run continues from the checkpoint before."
             )

@@ -91,7 +91,7 @@ class LoraSection(Schema):
 class ModelSection(Schema):
     """The pretrained model to start from."""
 
-    base: str
+    base: Annotated[str, Field(min_length=1)]
     """Hub id, local folder, package://module/path for a model inside an installed package, or example://name."""
     revision: str | None = None
     """Branch, tag or commit of a hub model; not set: its main branch."""
@@ -305,10 +305,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def load(path: str | Path, assignments: list[str] | None = None, **top: Any) -> JobConfig:
+def load(path: str | Path, assignments: list[str] | None = None, *, absolute_storage: bool = True, **top: Any) -> JobConfig:
     """The job in a YAML (or resolved JSON) file, with `--set` assignments; `top` sets top-level keys when not None.
 
-    Where neither says so, the storage is ORCHESTRATOR_STORAGE or ./runs; a local one becomes absolute.
+    Where neither says so, the storage is ORCHESTRATOR_STORAGE or ./runs; a local one becomes
+    absolute, unless that is for another machine to say.
 
     Relative data paths and model folders are taken from the job file's folder where they exist there, else from the
     working directory. Raises `InputError`.
@@ -331,7 +332,11 @@ def load(path: str | Path, assignments: list[str] | None = None, **top: Any) -> 
     value.setdefault("storage", os.environ.get("ORCHESTRATOR_STORAGE") or "runs")
     value.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") or "job")
     job = JobConfig.parse(value, file.name)
-    return _from_folder(job, file.resolve().parent)
+    job = _from_folder(job, file.resolve().parent)
+    if "://" in job.storage or not absolute_storage:
+        return job
+    # Workers run in folders of their own, so a relative storage would be another place for each.
+    return job.model_copy(update={"storage": str(Path(job.storage).expanduser().absolute())})
 
 
 def _from_folder(job: JobConfig, folder: Path) -> JobConfig:
@@ -339,13 +344,16 @@ def _from_folder(job: JobConfig, folder: Path) -> JobConfig:
         if "://" in path or Path(path).is_absolute():
             return path
         beside = folder / path
-        return str(beside) if beside.exists() or any(folder.glob(path)) else str(Path(path).absolute()) if Path(path).exists() else path
+        try:
+            found = beside.exists() or any(folder.glob(path))
+        except (ValueError, NotImplementedError):  # not a glob either: who reads it will say so
+            found = False
+        return str(beside) if found else str(Path(path).absolute()) if Path(path).exists() else path
 
     def places(paths: str | list[str] | None) -> str | list[str] | None:
         return place(paths) if isinstance(paths, str) else [place(path) for path in paths] if paths else paths
 
     data = job.data.model_copy(update={key: places(getattr(job.data, key)) for key in ("train", "validation", "test")})
-    model = job.model.model_copy(update={"base": place(job.model.base)} if (folder / job.model.base).is_dir() else {})
-    # Workers run in folders of their own, so a relative storage would be another place for each.
-    storage = job.storage if "://" in job.storage else str(Path(job.storage).expanduser().absolute())
-    return job.model_copy(update={"data": data, "model": model, "storage": storage})
+    base = job.model.base
+    model = job.model.model_copy(update={"base": place(base)} if (folder / base).is_dir() or Path(base).is_dir() else {})
+    return job.model_copy(update={"data": data, "model": model})

@@ -62,11 +62,25 @@ class Run:
         """
         self.folder.make()
         with self._locked() if self.folder.is_local else contextlib.nullcontext():
-            for name in self.folder.names() if fresh else ():
-                if name != LOCK:
-                    (self.folder / name).delete()
+            if fresh:
+                self._forget()
             (self.folder / "job.json").write_json(self.job.to_json())
             yield
+
+    @property
+    def attempt(self) -> int:
+        """How often the run was started over."""
+        place = self.folder / "attempt.json"
+        return place.read_json() if place.exists() else 0
+
+    def _forget(self) -> None:
+        """Forgets the stages that are done, but keeps the bundles: versions of the model may point at them."""
+        (self.folder / "attempt.json").write_json(self.attempt + 1)
+        for name in self.folder.names():
+            if name == "records" or name.startswith("evaluation"):
+                (self.folder / name).delete()
+            elif name.startswith("train-"):
+                (self.folder / name / "checkpoints").delete()
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -143,6 +157,7 @@ def run(run: Run, *, until: Until = "deploy", promote: bool = False, deploy: Dep
 
     question = {"data": prepared.fingerprint, **job.model_dump(mode="json", include={"task", "model", "training"})}
     question["global_batch_size"] = training.global_batch_size(job)
+    question["attempt"] = run.attempt
     folder = run.folder / f"train-{digest(question)[:8]}"
     trained = run.stage(
         "train",

@@ -1,6 +1,6 @@
 """The base of everything that is written in a job file, a record or a bundle: frozen, strict, one error a sentence."""
 
-import json
+import copy
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -43,7 +43,7 @@ def override(value: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
 
     Raises `InputError` for an assignment without `=` or through something that is not a section.
     """
-    result = json.loads(json.dumps(value))
+    result = copy.deepcopy(value)
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals or not path.strip():
@@ -65,18 +65,8 @@ def override(value: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
                         f"--set {assignment!r}: {'.'.join(sections[: depth + 1])} is {place[section]!r}, not a section with keys."
                     )
             place = place[section]
-        place[last] = _number(new)
+        place[last] = new
     return result
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads `3e-5` as text; people mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _sentence(schema: type[pydantic.BaseModel], problem: Any, where: str) -> str:

@@ -34,10 +34,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from orchestrator import bundle as bundles
-from orchestrator import tasks
+from orchestrator import registry, tasks
 from orchestrator.config import JobConfig, digest
 from orchestrator.errors import InputError, StageError, nearest
 from orchestrator.progress import Display, Silent
+from orchestrator.storage import Folder
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -113,6 +114,7 @@ def submit(
         folder = Path(scratch)
         upload = _Upload()
         staged = _stage(job, folder, here=here, upload=upload, display=display)
+        registry.locate(staged.registry.uri, Folder(staged.storage))  # says what is missing now, not in the job's log
         options = [name for name, on in (("--promote", promote), ("--fresh", fresh)) if on]
         asked = digest([staged.to_json(), options, module])[:16]
         number, running = _next(cluster.jobs(), staged.run_id, asked, again=fresh)

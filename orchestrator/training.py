@@ -7,6 +7,7 @@ job on another number of workers, finds them by itself. Ray is told the metrics 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import subprocess
@@ -253,12 +254,20 @@ def _failures(reports: Any) -> Any:
     class Failures(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             for error in worker_exceptions.values():
-                if isinstance(error, (InputError, StageError)) or (not isinstance(error, (OSError, RuntimeError)) and not _is_death(error)):
+                if (
+                    isinstance(error, (InputError, StageError))
+                    or _is_full(error)
+                    or (not isinstance(error, (OSError, RuntimeError)) and not _is_death(error))
+                ):
                     raise error  # a callback's error ends the run; a restart would end the same way
             rank, error = next(iter(worker_exceptions.items()))
             reports.put.remote([{"failure": f"Worker {rank} failed: {_one_line(error)}. The workers start again."}])
 
     return Failures()
+
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _is_death(error: BaseException) -> bool:

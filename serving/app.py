@@ -120,7 +120,10 @@ def hold(endpoint: Endpoint, display: Display | None = None) -> None:
         while not stop.wait(1.0):
             pass
         display.say("Stopping: requests that are here are answered first.")
-        shutdown()
+        if status().keys() - {endpoint.app}:
+            delete(endpoint.app)
+        else:
+            shutdown()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -28,7 +28,7 @@ def submit(
     with console.command(verbose=verbose, json=json) as output:
         from orchestrator.config import load
 
-        resolved = load(job, assignments, storage=storage)
+        resolved = load(job, assignments, storage=storage, absolute_storage=False)
         if dry_run:
             write_resolved(resolved, output)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json as jsons
 import math
 import os
@@ -79,6 +80,10 @@ def errors_to_exit_status(output: Output | None = None, *, verbose: bool = False
         yield
     except Exception as error:  # noqa: BLE001 - the one place where an error ends; nothing is swallowed, it sets the exit status
         cause = root_cause(error)
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            cause = InputError(
+                f"storage: the disk is full{f' at {cause.filename}' if cause.filename else ''}. Free some room, or give another --storage."
+            )
         sentence = str(cause) if isinstance(cause, (InputError, StageError)) else f"{type(cause).__name__}: {_first_line(cause)}"
         failed: dict[str, Any] = {"status": "failed", "error": sentence, "error_type": type(cause).__name__}
         if verbose:

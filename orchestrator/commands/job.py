@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -124,18 +127,26 @@ def write_resolved(job: JobConfig, output: console.Output) -> None:
 
 def closing(job: JobConfig, result: dict[str, Any]) -> str:
     """What a person should know when a job has ended: scores, model, where its files are, and what to type next."""
+    from orchestrator.bundle import without_secrets
     from orchestrator.storage import Folder
 
     where = "" if Folder(job.storage).path == str(Path("runs").absolute()) else f" --storage {job.storage}"
+    if job.registry.uri:
+        where += f" --registry {without_secrets(job.registry.uri)}"
     name = result.get("model", {}).get("name")
     lines = [f"{split:<11} {_figures(scores)}" for split, scores in result["metrics"].items()]
     if name:
         lines.append(f"{'model':<11} {name} version {result['model']['version']}")
     lines.append(f"{'files':<11} {result['run_dir']}")
+    program = (
+        "orchestrator"
+        if shutil.which("orchestrator")
+        else f"{os.path.relpath(sys.executable)[: -len(Path(sys.executable).name)]}orchestrator"
+    )
     commands = {
-        f"orchestrator serve {name}{where}": "the endpoint, until Ctrl-C",
-        f"orchestrator predict {name} INPUT.csv OUTPUT.csv{where}": "a whole file",
-        f"orchestrator models show {name}{where}": "its versions",
+        f"{program} serve {name}{where}": "the endpoint, until Ctrl-C",
+        f"{program} predict {name} INPUT.csv OUTPUT.csv{where}": "a whole file",
+        f"{program} models show {name}{where}": "its versions",
     }
     if name:
         width = max(map(len, commands))
