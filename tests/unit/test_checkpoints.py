@@ -79,7 +79,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
 def test_a_full_disk_is_a_sentence_with_the_folder_and_the_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 5000, 5000))
-    with pytest.raises(StageError, match=re.escape(str(tmp_path)) + ".*needs 1.0 MB and 0.0 MB are free"):
+    with pytest.raises(InputError, match=re.escape(str(tmp_path)) + ".*needs 1.0 MB and 0.0 MB are free"):
         save(Folder(str(tmp_path)), 10)
     assert not (tmp_path / "checkpoints").exists()
 

@@ -77,7 +77,7 @@ def test_a_docstring_under_a_field_is_its_description():
 @pytest.mark.parametrize(
     ("assignment", "result"),
     [
-        ("inner.learning_rate=3e-5", {"name": "x", "inner": {"learning_rate": 3e-5}}),
+        ("inner.learning_rate=3e-5", {"name": "x", "inner": {"learning_rate": "3e-5"}}),
         ("inner.kind=b", {"name": "x", "inner": {"kind": "b"}}),
         ("name=a=b", {"name": "a=b"}),
         ("many=[{kind: b}]", {"name": "x", "many": [{"kind": "b"}]}),
