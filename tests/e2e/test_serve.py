@@ -48,7 +48,7 @@ def test_a_model_is_served_until_it_is_interrupted(tmp_path: Path, tiny_model: P
         process = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=err, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"})
     try:
         deadline = time.monotonic() + 180
-        while not _is_ready(url):
+        while not (_is_ready(url) and "until Ctrl-C" in (tmp_path / "err").read_text()):
             assert process.poll() is None, (tmp_path / "err").read_text()
             assert time.monotonic() < deadline, f"not ready in 180 s:\n{(tmp_path / 'err').read_text()}"
             time.sleep(0.3)
