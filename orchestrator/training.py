@@ -126,7 +126,10 @@ def train(job: JobConfig, prepared: PreparedData, folder: Folder, display: Displ
     fit = _Fit(trainer)
     try:
         with _environment(
-            RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5", RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S=f"{job.resources.start_timeout_s:g}"
+            RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5",
+            RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S=f"{job.resources.start_timeout_s:g}",
+            # A single node that is drained takes everything with it: nothing to watch for, and a process less.
+            RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=f"{int(len(nodes) > 1)}",
         ):
             fit.start()
             while fit.is_alive():
