@@ -202,7 +202,7 @@ def test_a_killed_worker_costs_time_and_nothing_else(
 def test_another_number_of_workers_continues_with_exactly_the_rest(
     alone: tuple[TrainRecord, Path], prepared: Any, tiny_model: str, tmp_path: Path, dies_once: Callable[[int], None]
 ) -> None:
-    dies_once(5)
+    dies_once(8)
     folder = Folder(str(tmp_path / "run"))
     with pytest.raises(
         StageError, match=r"^Training failed: a worker failed, its process on node \S+ died, .*failure\.log; the same command continues"
@@ -210,7 +210,7 @@ def test_another_number_of_workers_continues_with_exactly_the_rest(
         training.train(job(tiny_model, 2, resources={"max_failures": 0}), prepared, folder, Silent())
     assert (tmp_path / "run/failure.log").read_text()
     record = training.train(job(tiny_model, 1), prepared, folder, Silent())
-    assert record.resumed_from == 3
+    assert record.resumed_from in (3, 6)  # a checkpoint is written beside training, so the death may come before the second is whole
     assert losses(record) == pytest.approx(losses(alone[0]), abs=1e-4)
     assert rows(tmp_path / "run") == rows(alone[1])
 
