@@ -218,10 +218,20 @@ def test_64_clients_at_once_are_answered_each_with_its_own(endpoint: Endpoint, p
             await asyncio.gather(*[client(http, number) for number in range(64)])
 
     asyncio.run(all_clients())
-    metrics = httpx.get(f"{endpoint.url}/metrics").text
-    batches = float(metrics.split("orchestrator_batch_examples_count ")[1].split()[0])
-    examples = float(metrics.split("orchestrator_batch_examples_sum ")[1].split()[0])
-    assert examples > 1.5 * batches  # they went through the model together
+
+
+def test_the_rows_of_a_request_go_through_the_model_together(endpoint: Endpoint) -> None:
+    def large_batches() -> float:
+        metrics = httpx.get(f"{endpoint.url}/metrics").text
+        every, small = (
+            float(metrics.split(f"{name} ")[1].split()[0])
+            for name in ("orchestrator_batch_examples_count", 'orchestrator_batch_examples_bucket{le="4.0"}')
+        )
+        return every - small
+
+    before = large_batches()
+    assert httpx.post(endpoint.url, json={"inputs": ["good camera"] * 8}).status_code == 200
+    assert large_batches() == before + 1
 
 
 def test_what_it_says_of_itself(endpoint: Endpoint) -> None:
