@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import json
+import math
 import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_serializer, model_validator
 
 from orchestrator.errors import InputError
 from orchestrator.schema import Schema, override
@@ -265,6 +267,162 @@ class ServingSection(Schema):
     """Largest difference of a score between the endpoint and the offline prediction."""
 
 
+class Parameter(Schema):
+    """One path of the search space: exactly one kind of distribution, and when it applies."""
+
+    uniform: tuple[float, float] | None = None
+    """[low, high]: any number between, all alike."""
+    loguniform: tuple[float, float] | None = None
+    """[low, high]: any number between, each order of magnitude alike."""
+    quniform: tuple[float, float, float] | None = None
+    """[low, high, step]: low, low + step, … up to high."""
+    int: tuple[builtins.int, builtins.int] | None = None
+    """[low, high]: any whole number from low to high, both included."""
+    logint: tuple[builtins.int, builtins.int] | None = None
+    """[low, high]: as `int`, each order of magnitude alike."""
+    choice: list[Any] | None = None
+    """One of these values, which may be whole sections: [null, {r: 4}]."""
+    when: dict[str, Any] = {}
+    """Only in trials where another path has a value, or one of a list: {training.lr_scheduler_type: [linear, cosine]}."""
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, handler: Any) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if name in (self.kind, "when") and value != {}}
+
+    @property
+    def kind(self) -> str:
+        """The name of its distribution."""
+        return next(name for name in _DISTRIBUTIONS if getattr(self, name) is not None)
+
+    @property
+    def low(self) -> float:
+        """The least number of a range."""
+        return getattr(self, self.kind)[0]
+
+    @property
+    def high(self) -> float:
+        """The greatest number of a range."""
+        return getattr(self, self.kind)[1]
+
+    @model_validator(mode="after")
+    def _one_distribution(self) -> Parameter:
+        given = [name for name in _DISTRIBUTIONS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"one distribution is needed, out of {', '.join(_DISTRIBUTIONS)}"
+                + (f"; this has {' and '.join(given)}" if given else ", as in {uniform: [0, 0.1]}")
+            )
+        if self.choice is not None:
+            _check_choices(self.choice)
+        else:
+            _check_range(self.kind, getattr(self, self.kind))
+        return self
+
+
+_DISTRIBUTIONS = ("uniform", "loguniform", "quniform", "int", "logint", "choice")
+
+
+def _check_choices(values: list[Any]) -> None:
+    if not values:
+        raise ValueError("choice has no values; give at least two, as in {choice: [16, 32]}")
+    texts = [json.dumps(value, sort_keys=True, default=str) for value in values]
+    if twice := [value for value, text in zip(values, texts, strict=True) if texts.count(text) > 1]:
+        raise ValueError(f"choice has {twice[0]!r} twice; each value stands once")
+
+
+def _check_range(kind: str, bounds: tuple[float, ...]) -> None:
+    low, high = bounds[:2]
+    shown = f"{kind}: [{', '.join(f'{bound:g}' for bound in bounds)}]"
+    if not all(math.isfinite(bound) for bound in bounds):
+        raise ValueError(f"{shown} has a bound that is not a finite number")
+    if low == high:
+        raise ValueError(f"{shown} has one value only; set the path in the job instead, or make the upper bound larger")
+    if low > high:
+        raise ValueError(f"{shown} is upside down: the lower bound comes first, as in [{high:g}, {low:g}]")
+    if kind.startswith("log") and low <= 0:
+        raise ValueError(f"{shown} is on a logarithmic scale, so its lower bound must be above 0")
+    if kind == "quniform" and not 0 < bounds[2] <= high - low:
+        raise ValueError(f"{shown} needs a step above 0 and at most {high - low:g}, the distance of its bounds")
+
+
+def _bytes(value: Any) -> Any:
+    """20_000_000_000 for "20 GB", as disks are sold; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|[kKMGT]B|[KMGT]iB)?\s*", value)
+    if found is None:
+        raise ValueError('an amount is a number of bytes, or a number with kB, MB, GB or TB, as in "20 GB"')
+    unit = found[2] or "B"
+    power = " KMGT".index(unit[0].upper()) if unit != "B" else 0
+    return round(float(found[1]) * (1024 if "i" in unit else 1000) ** power)
+
+
+Bytes = Annotated[
+    int, Field(gt=0), BeforeValidator(_bytes), WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "string"}]})
+]
+"""A number of bytes; in a job file also text such as "20 GB"."""
+
+
+class SearchSection(Schema):
+    """A sweep: many trials of this job with other settings, the best of which takes the place of training."""
+
+    space: Annotated[dict[str, Parameter], Field(min_length=1)]
+    """Path of this job, such as training.learning_rate -> the values to try."""
+    metric: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """Validation metric to make best; a list: the best trade-offs of several. None: that of the best checkpoint."""
+    num_trials: Positive = 20
+    """Trials in all, the known points included."""
+    algorithm: Literal["random", "grid", "tpe", "cmaes", "bohb", "hyperopt"] = "tpe"
+    """What proposes settings. tpe (Optuna) learns from the trials before; random and grid do not."""
+    scheduler: Literal["none", "asha", "hyperband", "median", "pbt", "pb2"] = "asha"
+    """What stops weak trials early (asha, hyperband, median), or changes the settings of running ones (pbt, pb2)."""
+    start: list[dict[str, Any]] = []
+    """Known good settings, run first: {training.learning_rate: 3.0e-5}. Paths not named keep the job's value."""
+    include_default: bool = True
+    """Run the job as it is written first of all, so that the winner is compared with it."""
+    seed: int = 42
+    """Of the settings that are proposed. What a trial computes has training.seed."""
+    report_every: Annotated[float, Field(gt=0)] | None = None
+    """Epochs from one validation of a trial to the next. None: about nine a trial, at least one an epoch."""
+    grace: Annotated[float, Field(gt=0)] | None = None
+    """Epochs before a trial may be stopped early. None: up to its first validation."""
+    reduction_factor: Annotated[float, Field(gt=1)] = 3.0
+    """asha and hyperband: one in so many goes on at each rung."""
+    perturb_every: Annotated[float, Field(gt=0)] | None = None
+    """pbt and pb2: epochs after which weak trials take over the weights of strong ones. None: at each validation."""
+    workers_per_trial: Positive = 1
+    """Data-parallel workers of a trial. Several trials side by side are faster than several workers."""
+    cpus_per_trial: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """CPUs that Ray sets aside for a trial of one worker. auto: 1."""
+    gpus_per_trial: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """GPUs for a trial of one worker; a part of one is shared. auto: by the model's size where the cluster has GPUs."""
+    max_concurrent_trials: Positive | Literal["auto"] = "auto"
+    """Trials at once. auto: as many as the cluster holds."""
+    max_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Wall time after which no trial goes on, restarts included; None: no limit."""
+    max_examples: Positive | None = None
+    """Training rows over all trials after which none goes on; None: no limit."""
+    max_disk: Bytes = "20 GB"  # pyright: ignore[reportAssignmentType]
+    """Bytes that checkpoints of the sweep may take; what can't win any more is deleted first."""
+    plateau: Positive | None = None
+    """The sweep ends when the best has not improved in so many finished trials; None: never."""
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    """Restarts of one trial, each from its last checkpoint."""
+    refit: bool = False
+    """Train the winning setting once more, on training and validation rows together."""
+    replay: str | None = None
+    """File with the schedule of an earlier pbt or pb2 sweep, followed by one trial instead of searching."""
+
+    @property
+    def question(self) -> dict[str, Any]:
+        """What decides which settings are tried and how they are judged: how many, how long and on what hardware is left out.
+
+        So a sweep that is given more trials, time or machines is the same sweep and goes on.
+        """
+        asked = {"space", "metric", "algorithm", "scheduler", "start", "include_default", "seed", "report_every", "grace"}
+        return self.model_dump(mode="json", include=asked | {"reduction_factor", "perturb_every", "replay"})
+
+
 class JobConfig(Schema):
     """One job: from raw data and a base model to a live endpoint."""
 
@@ -281,6 +439,8 @@ class JobConfig(Schema):
     evaluation: EvaluationSection = EvaluationSection()
     registry: RegistrySection = RegistrySection()
     serving: ServingSection = ServingSection()
+    search: SearchSection | None = None
+    """Not set: one training with the settings above."""
 
     @property
     def model_name(self) -> str:
@@ -296,7 +456,9 @@ class JobConfig(Schema):
         """
         question = self.model_dump(mode="json", include={"task", "model", "data", "training", "evaluation"})
         if self.training.per_device_train_batch_size is not None:
-            question["num_workers"] = self.resources.num_workers
+            question["num_workers"] = self.resources.num_workers if self.search is None else self.search.workers_per_trial
+        if self.search is not None:
+            question["search"] = self.search.question
         return f"{self.name}-{digest(question)[:8]}"
 
 

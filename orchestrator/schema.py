@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, get_origin
 
 import pydantic
 import yaml
@@ -91,12 +91,16 @@ def _hint(wrong: str, known: list[str], section: str) -> str:
 
 def _fields_at(schema: type[pydantic.BaseModel], path: list[Any]) -> list[str]:
     """The keys that the section at `path` knows."""
+    within = False  # of a list or map of sections: the next part of the path is a place or a key of it
     for part in path:
+        if within:
+            within = False
+            continue
         field = schema.model_fields.get(str(part))
         inner = _schema_in(field.annotation) if field else None
-        if inner is None:
+        if field is None or inner is None:
             return []
-        schema = inner
+        schema, within = inner, get_origin(field.annotation) in (list, dict, tuple)
     return list(schema.model_fields)
 
 

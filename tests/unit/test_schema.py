@@ -21,6 +21,7 @@ class Outer(Schema):
     inner: Inner = Inner()
     maybe: Inner | None = None
     many: list[Inner] = []
+    named: dict[str, Inner] = {}
 
     @model_validator(mode="after")
     def _not_forbidden(self):
@@ -46,6 +47,8 @@ def test_json_round_trip_keeps_infinities_and_nan():
         ({"name": "x", "iner": {}}, "job.yaml: unknown key 'iner'. Did you mean 'inner'?"),
         ({"name": "x", "inner": {"learning_rat": 1}}, "job.yaml: unknown key 'inner.learning_rat'. Did you mean 'learning_rate'?"),
         ({"name": "x", "maybe": {"kid": "a"}}, "job.yaml: unknown key 'maybe.kid'. Did you mean 'kind'?"),
+        ({"name": "x", "many": [{}, {"kid": "a"}]}, "job.yaml: unknown key 'many.1.kid'. Did you mean 'kind'?"),
+        ({"name": "x", "named": {"one": {"kid": "a"}}}, "job.yaml: unknown key 'named.one.kid'. Did you mean 'kind'?"),
         ({"name": "x", "inner": {"zzz": 1}}, "job.yaml: unknown key 'inner.zzz'. inner has 'learning_rate', 'kind'."),
         ({}, "job.yaml: 'name' is missing."),
         ({"name": "forbidden"}, "job.yaml: the name 'forbidden' is taken; choose another."),
