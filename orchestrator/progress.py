@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self, TextIO
 
 Clock = Callable[[], float]
+Row = tuple[Sequence[str], str]
+"""The cells of a line of a table, and its style."""
 
 
 class Display(Protocol):
@@ -26,8 +28,18 @@ class Display(Protocol):
         """One line that stays on the screen and stands out."""
         ...
 
-    def step(self, done: float, total: float | None, unit: str = "steps", **fields: float | str) -> None:
-        """The stage's moving line: how much of how much, and named figures such as loss=0.31, rate="412 examples/s"."""
+    def step(self, done: float, total: float | None, unit: str = "steps", *, left: float | None = None, **fields: float | str) -> None:
+        """The stage's moving line: how much of how much, and named figures such as loss=0.31, rate="412 examples/s".
+
+        `left`: seconds to go, from who knows better than the pace so far says.
+        """
+        ...
+
+    def table(self, columns: Sequence[str], rows: Sequence[Row], news: Sequence[str] = ()) -> None:
+        """The stage's live table, whole; of more rows than there is room for the last ones are left out.
+
+        `news` are lines about what changed, for those who can't see the table.
+        """
         ...
 
 
@@ -37,7 +49,8 @@ class Silent:
     def stage(self, name: str) -> None: ...
     def say(self, sentence: str) -> None: ...
     def warn(self, sentence: str) -> None: ...
-    def step(self, done: float, total: float | None, unit: str = "steps", **fields: float | str) -> None: ...
+    def step(self, done: float, total: float | None, unit: str = "steps", *, left: float | None = None, **fields: float | str) -> None: ...
+    def table(self, columns: Sequence[str], rows: Sequence[Row], news: Sequence[str] = ()) -> None: ...
 
 
 class Pace:
@@ -76,14 +89,20 @@ class Now:
     unit: str = ""
     figures: tuple[str, ...] = ()
     pace: Pace | None = None
+    ends: float | None = None
+    """When the stage will probably be done, where somebody said so."""
+    columns: tuple[str, ...] = ()
+    rows: tuple[Row, ...] = ()
 
     def count(self) -> str:
         of = f"/{figure(self.total)}" if self.total is not None else ""
         share = f" ({min(1.0, self.done / self.total):.0%})" if self.total else ""
         return f"{figure(self.done)}{of} {self.unit}{share}"
 
-    def left(self) -> str:
-        left = self.pace.left(self.total) if self.pace and self.done != self.total else None
+    def left(self, now: float) -> str:
+        if self.done == self.total:
+            return ""
+        left = max(0.0, self.ends - now) if self.ends is not None else self.pace.left(self.total) if self.pace else None
         return f"{duration(left)} left" if left is not None else ""
 
 
@@ -106,7 +125,7 @@ class Stages:
             self._paces = {}
             self._on_stage(self._now)
 
-    def step(self, done: float, total: float | None, unit: str = "steps", **fields: float | str) -> None:
+    def step(self, done: float, total: float | None, unit: str = "steps", *, left: float | None = None, **fields: float | str) -> None:
         with self._lock:
             if self._now is None:
                 return
@@ -117,8 +136,15 @@ class Stages:
                 clean(value) if isinstance(value, str) else f"{clean(name).replace('_', ' ')} {figure(value)}"
                 for name, value in fields.items()
             )
-            self._now = replace(self._now, done=done, total=total, unit=clean(unit), figures=tuple(figures), pace=pace)
+            ends = self._clock() + left if left is not None else None
+            self._now = replace(self._now, done=done, total=total, unit=clean(unit), figures=tuple(figures), pace=pace, ends=ends)
             self._on_step(self._now)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Row], news: Sequence[str] = ()) -> None:
+        with self._lock:
+            if self._now is not None:
+                drawn = tuple((tuple(clean(cell) for cell in cells), style) for cells, style in rows)
+                self._now = replace(self._now, columns=tuple(map(clean, columns)), rows=drawn)
 
     def close(self, *, finished: bool = True) -> None:
         """Ends the last stage; `finished` is false when it broke off. Nothing is shown afterwards."""
@@ -168,6 +194,10 @@ class Plain(Stages):
     def warn(self, sentence: str) -> None:
         self.say(f"warning: {sentence}")
 
+    def table(self, columns: Sequence[str], rows: Sequence[Row], news: Sequence[str] = ()) -> None:
+        for sentence in news:
+            self.say(sentence)
+
     def close(self, *, finished: bool = True) -> None:
         self._stop.set()
         super().close(finished=finished)
@@ -188,7 +218,7 @@ class Plain(Stages):
         whole = now.total is not None and now.done >= now.total
         if self._tenth < 0 or silent >= 5 or whole or (tenth != self._tenth and silent >= 1):
             self._tenth = max(tenth, 0)
-            self._write(f"  {now.name}: {', '.join(part for part in (now.count(), *now.figures, now.left()) if part)}")
+            self._write(f"  {now.name}: {', '.join(part for part in (now.count(), *now.figures, now.left(self._clock())) if part)}")
 
     def _on_end(self, ended: Now, seconds: float, *, finished: bool) -> None:
         self._write(f"{ended.name}: {'done in' if finished else 'stopped after'} {duration(seconds)}")

@@ -88,6 +88,8 @@ class Terminal(Stages):
         block = [head, *_indented(ended.said)]
         if self._first:
             block.append(Text("    " + " · ".join([self._first.count(), *self._first.figures]), style="dim"))
+        if ended.rows:
+            block.append(_table(ended, len(ended.rows)))
         self._safely(self._live.stop)
         self._safely(self._console.print, *block, sep="\n")
 
@@ -97,15 +99,19 @@ class Terminal(Stages):
             return Text("")
         head = Table.grid(padding=(0, 1))
         head.add_row(self._spinner, Text(f"{now.name:<12}", style="bold"), Text(duration(self._clock() - now.began), style="dim"))
-        block: list[RenderableType] = [head, *_indented(now.said[-max(3, self._console.height - 6) :])]
+        room = max(3, self._console.height - 6)
+        rows = min(len(now.rows), max(1, room - 6))
+        block: list[RenderableType] = [head, *_indented(now.said[-max(3, room - (rows + 2 if rows else 0)) :])]
         if now.unit:
             moving = Table.grid(padding=(0, 1))
-            where = Text(" · ".join(part for part in (now.count(), now.left()) if part), no_wrap=True)
+            where = Text(" · ".join(part for part in (now.count(), now.left(self._clock())) if part), no_wrap=True)
             bar = ProgressBar(total=now.total, completed=now.done, width=max(10, min(40, self._console.width - 48)))
             moving.add_row(Text("   "), bar, where)
             block.append(moving)
         if now.figures:
             block.append(Text("    " + " · ".join(now.figures), style="cyan", no_wrap=True, overflow="ellipsis"))
+        if rows:
+            block.append(_table(now, rows))
         return Group(*block)
 
     def _safely(self, write: Callable[..., Any], *args: Any, **options: Any) -> None:
@@ -113,6 +119,18 @@ class Terminal(Stages):
             write(*args, **options)
         except (OSError, ValueError):  # the terminal is gone; the job goes on
             self._console.quiet = True
+
+
+def _table(now: Now, rows: int) -> RenderableType:
+    """The first `rows` rows, a line each, cut where the terminal is too narrow; only the names of columns may take more lines."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for place, column in enumerate(now.columns):
+        name = column.replace("_", " ")
+        short = all(len(cells[place]) <= 8 for cells, _ in now.rows)  # where room is missing, long cells are cut first
+        table.add_column(Text(name), vertical="bottom", no_wrap=short and " " not in name, max_width=24)
+    for cells, style in now.rows[:rows]:
+        table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in cells), style=style)
+    return Padding(table, (0, 0, 0, 4))
 
 
 def _indented(said: tuple[tuple[str, str], ...]) -> list[Any]:

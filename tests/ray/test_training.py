@@ -33,7 +33,7 @@ class Heard(Silent):
 
     warn = say
 
-    def step(self, done: float, total: float | None, unit: str = "steps", **fields: float | str) -> None:
+    def step(self, done: float, total: float | None, unit: str = "steps", *, left: float | None = None, **fields: float | str) -> None:
         self.steps.append(done)
 
 
