@@ -17,6 +17,7 @@ INPUTS = """\
     prediction_scores: a score for each label
     references: as predictions
     labels: names of the labels
+    wanted: names of scores; those that take long are left out unless they are among them. None: all
 """
 
 
@@ -28,7 +29,7 @@ class Classification(evaluate.Metric):
         features = datasets.Features({"predictions": answer, "prediction_scores": scores, "references": answer})
         return evaluate.MetricInfo(description=DESCRIPTION, citation="", inputs_description=INPUTS, features=features)
 
-    def _compute(self, predictions, prediction_scores, references, labels):
+    def _compute(self, predictions, prediction_scores, references, labels, wanted=None):
         several = self.config_name == "multi-label"
         given, right, scores = np.asarray(predictions), np.asarray(references), np.asarray(prediction_scores)
         columns = np.arange(len(labels))
@@ -48,10 +49,10 @@ class Classification(evaluate.Metric):
                 result[kind + "/" + name] = float(value)
 
         split = [column for column in columns if 0 < has[:, column].sum() < len(has)]
-        if split:
+        if split and (wanted is None or "roc_auc" in wanted):
             result["roc_auc"] = float(np.mean([sklearn.metrics.roc_auc_score(has[:, column], scores[:, column]) for column in split]))
         pairs = (right.ravel(), given.ravel())
-        if len(np.unique(pairs[0])) > 1:
+        if (wanted is None or "mcc" in wanted) and len(np.unique(pairs[0])) > 1:
             result["mcc"] = float(sklearn.metrics.matthews_corrcoef(*pairs))
         return result
 

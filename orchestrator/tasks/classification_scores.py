@@ -43,13 +43,14 @@ def score(
     if not rows:
         return {}
     arrays = _arrays(problem, names, predictions, rows)
+    wanted = DEFAULTS[problem] if metrics is None else metrics
     if problem == "regression":
         values = modules.compute("regression", **arrays)
     else:
-        values = modules.compute("classification", problem, **arrays, labels=list(names))
+        values = modules.compute("classification", problem, **arrays, labels=list(names), wanted=wanted)
     every = known(problem, names)
     result: dict[str, float] = {}
-    for name in DEFAULTS[problem] if metrics is None else metrics:
+    for name in wanted:
         if name in every:
             result.update({name: values[name]} if name in values else {})
         else:
