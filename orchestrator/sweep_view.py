@@ -112,7 +112,7 @@ class SweepView:
     def _keep(self, trial: TrialRecord) -> bool:
         """Whether the trial is the best now and better than all before it."""
         metric, higher = self._objectives[0]
-        was, value = self._value(self._best), _number(trial.best, metric)
+        was, value = self._value(self._best), number(trial.best, metric)
         since = self._trials[trial.id].since if trial.id in self._trials else self._clock()
         self._trials[trial.id] = _Seen(trial, since)
         better = value is not None and (was is None or (value > was if higher else value < was))
@@ -121,7 +121,7 @@ class SweepView:
         return better
 
     def _value(self, trial: str | None) -> float | None:
-        return None if trial is None else _number(self._trials[trial].record.best, self._objectives[0][0])
+        return None if trial is None else number(self._trials[trial].record.best, self._objectives[0][0])
 
     def _running(self) -> list[_Seen]:
         return sorted((seen for seen in self._trials.values() if seen.record.status == "running"), key=lambda seen: seen.record.number)
@@ -145,7 +145,7 @@ class SweepView:
         """The best one first, then what runs, then the best of what has ended."""
         first, higher = self._objectives[0]
         ended = [seen for seen in self._trials.values() if seen.record.status != "running" and seen.record.id != self._best]
-        scored = [(value, seen) for seen in ended if (value := _number(seen.record.best, first)) is not None]
+        scored = [(value, seen) for seen in ended if (value := number(seen.record.best, first)) is not None]
         scored.sort(key=lambda pair: (-pair[0] if higher else pair[0], pair[1].record.number))
         top = [self._trials[self._best]] if self._best is not None else []
         going = [seen for seen in running if seen.record.id != self._best]
@@ -158,13 +158,13 @@ class SweepView:
         seconds = self._clock() - seen.since if trial.status == "running" else trial.seconds
         last = trial.reports[-1] if trial.reports else None
         style = "bold green" if trial.id == self._best else {"running": "", "failed": "red"}.get(trial.status, "dim")
-        scores = (figure(value) if (value := _number(trial.best, metric)) is not None else "" for metric, _ in self._objectives)
+        scores = (figure(value) if (value := number(trial.best, metric)) is not None else "" for metric, _ in self._objectives)
         setting = (say_value(trial.sample[path]) if path in trial.sample else "" for path in self._names)
         epoch = f"{last['epoch']:.3g}" if last and "epoch" in last else ""
         return ([f"{trial.number}", _state(trial), f"{trial.rung}", *scores, epoch, duration(seconds), *setting], style)
 
     def _scores(self, report: Mapping[str, Any]) -> str:
-        return ", ".join(f"{metric} {figure(value)}" for metric, _ in self._objectives if (value := _number(report, metric)) is not None)
+        return ", ".join(f"{metric} {figure(value)}" for metric, _ in self._objectives if (value := number(report, metric)) is not None)
 
     def _setting(self, trial: TrialRecord) -> str:
         named = [f"{name} {say_value(trial.sample[path])}" for path, name in self._names.items() if path in trial.sample]
@@ -215,7 +215,7 @@ def _epoch(report: Mapping[str, Any]) -> str:
     return f"epoch {report['epoch']:.3g}" if "epoch" in report else f"step {report.get('step', '?')}"
 
 
-def _number(report: Mapping[str, Any] | None, metric: str) -> float | None:
-    """The metric's value; None where the report lacks it or it isn't a number."""
+def number(report: Mapping[str, Any] | None, metric: str) -> float | None:
+    """The value of a metric in a report; None where the report lacks it or it isn't a number."""
     value = (report or {}).get(metric)
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
