@@ -91,11 +91,11 @@ def _model(job: JobConfig) -> str:
     base = models.resolve(section.base, section.revision)
     with models.explained(job.task, section.base):
         job.task.check_base(base, **models.from_hub(section))
-    weights = _weight_bytes(job)
+    weights = weight_bytes(job)
     return f"{section.base}{f', {weights / 2**20:.0f} MiB of weights' if weights else ''}"
 
 
-def _weight_bytes(job: JobConfig) -> int:
+def weight_bytes(job: JobConfig) -> int:
     """Of the base model where it is a local folder; 0 where that is not known before it is fetched."""
     from orchestrator import models
 
@@ -112,7 +112,7 @@ def _disk(job: JobConfig) -> str:
     if not os.access(place, os.W_OK):
         raise InputError(f"storage: {place} can't be written to by this user; set storage to a folder that can.")
     free = shutil.disk_usage(place).free
-    weights = _weight_bytes(job)
+    weights = weight_bytes(job)
     # Training state is weights + two Adam moments; the best, the kept and the one being written, and the bundle.
     need = 3 * weights * (job.checkpoint.keep + 2) + weights + 2**26
     if free < need:
@@ -127,7 +127,7 @@ def _machine(job: JobConfig) -> str:
 
     cpus = os.cpu_count() or 1
     require_resources(job, [{"CPU": float(cpus), **_gpus()}])
-    weights = _weight_bytes(job)
+    weights = weight_bytes(job)
     workers = job.resources.num_workers if job.resources.num_workers != "auto" else 1
     # Per worker: fp32 weights, gradients, two Adam moments, and about as much again for activations and libraries.
     need = workers * (4 * weights * 1.25 + 0.7 * GIB)
