@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.records import SearchRecord
-from orchestrator.sweep_figures import Axis, axes
+from orchestrator.sweep_axes import Axis, axes
 from orchestrator.sweep_view import number
 
 FEWEST = 4

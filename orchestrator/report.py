@@ -16,6 +16,7 @@ from orchestrator.importance import importance
 from orchestrator.progress import duration, figure
 from orchestrator.records import Comparison, SearchRecord, TrialRecord
 from orchestrator.storage import Folder
+from orchestrator.sweep_axes import Axis, axes
 from orchestrator.sweep_view import number, say_value, short_names
 
 PAGE = Path(__file__).with_name("report.html")
@@ -132,7 +133,7 @@ def _parameters(record: SearchRecord) -> str:
 
 
 def _trials(record: SearchRecord) -> str:
-    axes = figures.axes(record)
+    columns = axes(record)
     metrics = [metric for metric, _ in record.objectives]
     head = [
         "trial",
@@ -142,7 +143,7 @@ def _trials(record: SearchRecord) -> str:
         "epochs",
         "rows seen",
         "time",
-        *(axis.name for axis in axes),
+        *(axis.name for axis in columns),
         "origin",
         "restarts",
         "first step",
@@ -154,7 +155,7 @@ def _trials(record: SearchRecord) -> str:
         cells: list[tuple[Any, str]] = [(trial.number, str(trial.number))]
         cells += [_cell(number(trial.best, metric)) for metric in metrics]
         cells += [(None, trial.status), (trial.rung, str(trial.rung)), _cell(epoch), (trial.examples, f"{trial.examples:,}")]
-        cells += [(trial.seconds, duration(trial.seconds)), *(_setting_cell(axis, trial) for axis in axes), (None, trial.origin)]
+        cells += [(trial.seconds, duration(trial.seconds)), *(_setting_cell(axis, trial) for axis in columns), (None, trial.origin)]
         halved = f", micro-batch halved {trial.halvings}×" if trial.halvings else ""
         first = trial.first_step_seconds
         cells += [(trial.restarts, f"{trial.restarts}{halved}"), (first, f"{first:.2g} s" if first is not None else "")]
@@ -214,7 +215,7 @@ def _cell(value: float | None) -> tuple[Any, str]:
     return (value, figure(value)) if value is not None else (None, "")
 
 
-def _setting_cell(axis: figures.Axis, trial: TrialRecord) -> tuple[Any, str]:
+def _setting_cell(axis: Axis, trial: TrialRecord) -> tuple[Any, str]:
     shown = say_value(trial.sample[axis.path]) if axis.path in trial.sample else ""
     return (axis.place(trial.sample) if axis.labels is None else None, shown)
 

@@ -7,68 +7,18 @@ from __future__ import annotations
 
 import html
 import itertools
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.progress import figure
 from orchestrator.records import SearchRecord, TrialRecord
+from orchestrator.sweep_axes import axes, cut
 from orchestrator.sweep_view import number, say_value, short_names
 
 Figure = dict[str, Any]
-LOGARITHMIC = ("loguniform", "logint")
 STATES = {"stopped": "css:muted", "failed": "css:bad", "running": "css:text", "done": "css:accent"}
 """Status of a trial -> colour; what is drawn last is on top."""
 RUNGS = ("asha", "hyperband")
-OFF = "off"
-
-
-@dataclass(frozen=True)
-class Axis:
-    """How the values of one path of the job lie on an axis."""
-
-    path: str
-    name: str
-    log: bool = False
-    labels: tuple[str, ...] | None = None
-    """Of a choice, in its order; None: the values are numbers."""
-
-    def place(self, sample: Mapping[str, Any]) -> float | None:
-        """The number that stands for the sample's value; None where the path is off."""
-        if self.path not in sample:
-            return None
-        value = sample[self.path]
-        return float(value) if self.labels is None else float(self.labels.index(say_value(value)))
-
-    def layout(self) -> Figure:
-        """The axis of a chart whose coordinates are places."""
-        axis: Figure = {"title": {"text": html.escape(self.name)}}
-        if self.log:
-            marks = [mark * 10.0**power for power in range(-12, 13) for mark in (1, 2, 5)]
-            return {**axis, "type": "log", "tickvals": marks, "ticktext": [say_value(float(f"{mark:.3g}")) for mark in marks]}
-        if self.labels is None:
-            return axis
-        texts = [html.escape(_cut(label)) for label in self.labels]
-        return {**axis, "tickvals": list(range(len(texts))), "ticktext": texts, "range": [-0.5, len(texts) - 0.5], "zeroline": False}
-
-
-def axes(record: SearchRecord) -> list[Axis]:
-    """The paths that were searched, in the order of the job."""
-    space: Mapping[str, Mapping[str, Any]] = record.search.get("space") or {}
-    paths = list(dict.fromkeys([*space, *(path for trial in record.trials for path in trial.sample)]))
-    names = short_names(paths)
-    found = []
-    for path in paths:
-        values = [trial.sample[path] for trial in record.trials if path in trial.sample]
-        choices = list(space.get(path, {}).get("choice") or ())
-        numbers = not choices and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
-        if numbers:
-            log = any(kind in space.get(path, {}) for kind in LOGARITHMIC) and all(value > 0 for value in values)
-            found.append(Axis(path, names[path], log))
-        else:
-            found.append(Axis(path, names[path], labels=tuple(dict.fromkeys(say_value(value) for value in [*choices, *values]))))
-    return found
 
 
 def history(record: SearchRecord) -> Figure | None:
@@ -194,7 +144,7 @@ def parallel(record: SearchRecord) -> Figure | None:
     if len(scored) < 2:
         return None
     higher = record.objectives[0][1]
-    dimensions = [_dimension(axis, [axis.place(trial.sample) for trial, _ in scored]) for axis in axes(record)]
+    dimensions = [axis.dimension([trial.sample for trial, _ in scored]) for axis in axes(record)]
     dimensions += [{"label": html.escape(name), "values": values} for name, values in _objective_values(record, scored)]
     values = sorted(value for _, value in scored)
     tenth = len(values) // 10  # a few very bad trials would leave all others one colour
@@ -333,25 +283,6 @@ def _objective_values(record: SearchRecord, scored: Sequence[tuple[TrialRecord, 
     return [(metric, values) for metric, values in every if None not in values]  # pyright: ignore[reportReturnType]
 
 
-def _dimension(axis: Axis, places: Sequence[float | None]) -> Figure:
-    """An axis of parallel coordinates; trials in which the path is off get a place of their own below."""
-    values = [math.log10(place) if axis.log and place is not None else place for place in places]
-    there = [value for value in values if value is not None] or [0.0]
-    low, high = min(there), max(there)
-    if axis.labels is not None:
-        ticks = {float(place): html.escape(_cut(label, 12)) for place, label in enumerate(axis.labels)}
-        low, high = 0.0, float(len(axis.labels) - 1)
-    else:
-        marks = [low + (high - low) * step / 4 for step in range(5)] if high > low else [low]
-        ticks = {mark: say_value(float(f"{10**mark if axis.log else mark:.3g}")) for mark in marks}
-    off = low - (high - low or 1.0) / (len(axis.labels) if axis.labels else 5)
-    if None in values:
-        ticks[off], low = OFF, off
-    pad = 0.5 if low == high else 0.0
-    dimension = {"label": html.escape(axis.name), "values": [off if value is None else value for value in values]}
-    return {**dimension, "tickvals": list(ticks), "ticktext": list(ticks.values()), "range": [low - pad, high + pad]}
-
-
 def _points(record: SearchRecord, group: Sequence[tuple[TrialRecord, float]]) -> Figure:
     texts = [_hover(record, trial) for trial, _ in group]
     return {"type": "scatter", "mode": "markers", "text": texts, "hovertemplate": "%{y:.4g}<br>%{text}<extra></extra>"}
@@ -378,7 +309,7 @@ def _best_line(x: Sequence[float], y: Sequence[float]) -> Figure:
 
 def _hover(record: SearchRecord, trial: TrialRecord) -> str:
     names = short_names(trial.sample)
-    setting = [f"{html.escape(names[path])}: {html.escape(_cut(say_value(value), 40))}" for path, value in trial.sample.items()]
+    setting = [f"{html.escape(names[path])}: {html.escape(cut(say_value(value), 40))}" for path, value in trial.sample.items()]
     score = number(trial.best, record.objectives[0][0])
     return "<br>".join(
         [f"<b>trial {trial.number}</b>, {trial.status}" + (f", best {figure(score)}" if score is not None else ""), *setting]
@@ -387,7 +318,3 @@ def _hover(record: SearchRecord, trial: TrialRecord) -> str:
 
 def _metric(metric: str) -> Figure:
     return {"title": {"text": html.escape(metric)}}
-
-
-def _cut(text: str, most: int = 18) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"

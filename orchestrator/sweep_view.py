@@ -82,7 +82,8 @@ class SweepView:
     def refresh(self) -> None:
         """Draws again, for the times that have gone on."""
         with self._lock:
-            self._draw()
+            if self._running():
+                self._draw()
 
     def left(self) -> float | None:
         """Seconds until the sweep is over, by its trials so far and its budgets; None while that can't be said."""
