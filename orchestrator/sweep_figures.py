@@ -219,7 +219,7 @@ def pareto(record: SearchRecord) -> list[Figure]:
 def population(record: SearchRecord, schedule: Sequence[Mapping[str, Any]]) -> list[Figure]:
     """Who took over whose weights when, and each mutated parameter of each member over its rows."""
     members = {trial.id: trial for trial in record.trials}
-    moves = [move for move in schedule if move["trial"] in members]
+    moves = [move for move in schedule if move.get("trial") in members]  # the last line only names the best one
     if not moves:
         return []
     lanes = [

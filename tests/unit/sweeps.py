@@ -92,4 +92,5 @@ def schedule(record: SearchRecord, at: int = 2000) -> list[dict[str, Any]]:
     starts = [{"trial": trial.id, "parent": None, "examples": 0, "sample": trial.sample} for trial in record.trials]
     order = sorted((trial for trial in record.trials if trial.best), key=lambda trial: trial.best["f1"] if trial.best else 0.0)
     moved = {**order[-1].sample, LR: order[-1].sample[LR] * 0.8}
-    return [*starts, *({"trial": trial.id, "parent": order[-1].id, "examples": at, "sample": moved} for trial in order[: len(order) // 2])]
+    exploits = [{"trial": trial.id, "parent": order[-1].id, "examples": at, "sample": moved} for trial in order[: len(order) // 2]]
+    return [*starts, *exploits, {"best": record.best}]
