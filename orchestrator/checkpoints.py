@@ -11,8 +11,10 @@ Nothing is pickled. A checkpoint that differs from its manifest is torn; the one
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 CHUNK = 8 << 20
+TRIES = 3
 SLACK = 1 << 20
 """Bytes beside the tensors: headers, state.json, the manifest."""
 
@@ -116,6 +119,37 @@ def prune(folder: Folder, keep: int, best_step: int | None) -> None:
             (folder / "checkpoints" / name).delete()
 
 
+def keep_only(folder: Folder, step: int) -> None:
+    """Deletes all checkpoints but that of `step`, of a run that has ended."""
+    for name in _names(folder):
+        if name != _name(step):
+            (folder / "checkpoints" / name).delete()
+
+
+def take_over(source: Folder, target: Folder, step: int) -> int:
+    """Puts another run's checkpoint of `step`, and the best one that it names, in the place of all in `target`.
+
+    Where that one is gone or torn, since its run went on meanwhile, the newest after it is taken; returns the step. On one local
+    disk the files are linked, not copied. Raises `StageError` where there is none.
+    """
+    for _ in range(TRIES):
+        steps = [step, *sorted((_step(name) for name in _names(source) if _step(name) > step), reverse=True)]
+        found = next(filter(None, (at(source, number) for number in steps)), None)
+        if found is None:
+            break
+        best = (found.state.get("best") or {}).get("step")
+        steps = [] if best in (None, found.step) or at(source, best) is None else [best]
+        (target / "checkpoints").delete()
+        try:
+            for number in [*steps, found.step]:
+                _link(source / "checkpoints" / _name(number), target / "checkpoints" / _name(number))
+        except FileNotFoundError:  # deleted between the look and the copy: there is a newer one now
+            continue
+        if at(target, found.step) is not None:
+            return found.step
+    raise StageError(f"There is no complete checkpoint of step {step} or later in {str(source)!r} to go on from.")
+
+
 def delete_torn(folder: Folder, newest: Checkpoint | None) -> None:
     """Deletes what lies after the newest complete checkpoint: writes that were cut off."""
     for name in _names(folder):
@@ -136,6 +170,25 @@ def require_space(folder: Folder, size: int) -> None:
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
+def _link(source: Folder, target: Folder) -> None:
+    """A copy of a checkpoint; nobody writes into its files, so that on one disk two folders can share them."""
+    target.make()
+    for name in sorted(source.names(), key="manifest.json".__eq__):  # the manifest last, as when it was written
+        if source.is_local and target.is_local:
+            try:
+                os.link((source / name).path, (target / name).path)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                    raise
+                shutil.copyfile((source / name).path, (target / name).path)
+        else:
+            (target / name).write_bytes((source / name).read_bytes())
 
 
 def _names(folder: Folder) -> list[str]:

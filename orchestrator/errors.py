@@ -17,6 +17,10 @@ class StageError(RuntimeError):
     """A stage failed although its input was accepted."""
 
 
+class Diverged(StageError):
+    """Training left the finite numbers: with the same settings it would again."""
+
+
 def nearest(wrong: str, right: Iterable[str]) -> list[str]:
     """The names in `right`, most similar to `wrong` first."""
     return sorted(right, key=lambda name: -difflib.SequenceMatcher(None, wrong.lower(), name.lower()).ratio())

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -78,6 +78,9 @@ class Progress:
     """A checkpoint of this step is being written; the last one is complete when the loop ends."""
     best: bool = False
     """This step's weights are the best so far."""
+    best_step: int | None = None
+    """The step of the best validation so far; None: there was none."""
+    best_value: float | None = None
     resumed_from: int | None = None
     """On the first step of a run that continues: the step of the checkpoint."""
     stopped: str | None = None
@@ -109,13 +112,16 @@ def train(
     identity: str,
     checkpoint: CheckpointSection,
     on_rows: Callable[[int, list[str]], None] | None = None,
-) -> Iterator[Progress]:
+    write_behind: bool = True,
+    end_with_best: bool = True,
+) -> Generator[Progress, None, None]:
     """Trains `model` in place; when the iterator is exhausted it holds the best weights, on every worker.
 
     `validate` is called on every worker at the same steps with the model in eval mode, and gives each the same metrics.
     `identity` says what the run computes (data, settings): a checkpoint in `folder` that has another is refused with
     `InputError`. `on_rows` is told after each step which rows of it this worker saw. A run that finds its
-    training already finished yields one `Progress` of the last step, with 0 rows.
+    training already finished yields one `Progress` of the last step, with 0 rows. Without `write_behind` a checkpoint is
+    complete when the `Progress` that names it comes out; without `end_with_best` the model keeps the last weights.
     """
     per_epoch = stream.steps_per_epoch
     if per_epoch < 1:
@@ -151,6 +157,8 @@ def train(
                 0,
                 0.0,
                 0.0,
+                best_step=standing.best_step,
+                best_value=standing.best_value,
                 resumed_from=done,
                 stopped=standing.stopped,
                 notes=notes,
@@ -205,12 +213,17 @@ def train(
                             "scaler": stepper.scaler_state(),
                         }
                         writer.start(state, stepper)
-                    yield replace(progress, metrics=metrics, saved=saved, best=best, stopped=standing.stopped)
+                        if not write_behind:
+                            writer.wait()
+                    yield replace(
+                        progress, metrics=metrics, saved=saved, best=best, best_step=standing.best_step, best_value=standing.best_value,
+                        stopped=standing.stopped,
+                    )  # fmt: skip
                     if standing.stopped:
                         break
         if writer is not None:
             writer.wait()
-        if standing.best_step not in (None, done):
+        if end_with_best and standing.best_step not in (None, done):
             _load_best(stepper, folder, standing.best_step)
 
 

@@ -52,6 +52,12 @@ def load(task: Task, section: ModelSection, *, precision: Precision, seed: int =
     Trained weights are fp32 whatever the precision (autocast casts what it computes with); the frozen base under
     adapters is bf16 where the precision is. Weights that the checkpoint lacks are drawn from `seed` and named in the log.
     """
+    model, new = without_adapters(task, section, precision=precision, seed=seed)
+    return with_adapters(model, section, new, seed=seed)
+
+
+def without_adapters(task: Task, section: ModelSection, *, precision: Precision, seed: int = 42) -> tuple[torch.nn.Module, list[str]]:
+    """The first half of `load`: the base model with the task's head, and the names of the weights that were drawn from `seed`."""
     import torch
 
     base = resolve(section.base, section.revision)
@@ -67,6 +73,13 @@ def load(task: Task, section: ModelSection, *, precision: Precision, seed: int =
         log.info(
             "%d weights of %s are not in %s and start from seed %d: %s", len(new), type(model).__name__, section.base, seed, ", ".join(new)
         )
+    return model, new
+
+
+def with_adapters(model: torch.nn.Module, section: ModelSection, new: list[str], *, seed: int = 42) -> torch.nn.Module:
+    """The second half of `load`: `model` itself, changed in place, with adapters where the job asks for them."""
+    import torch
+
     if section.lora is None:
         return model
     with torch.random.fork_rng():

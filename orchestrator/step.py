@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from orchestrator import batching
 from orchestrator.dropout import Keys, row_keys
-from orchestrator.errors import InputError, StageError
+from orchestrator.errors import Diverged, InputError, StageError
 from orchestrator.models import Precision
 from orchestrator.tasks.base import Example, Task
 
@@ -93,7 +93,7 @@ class Stepper:
     def step(self, number: int, share: Share) -> Outcome:
         """Trains on the global batch of optimizer step `number` (from 1), of which `share` is this worker's part.
 
-        Every worker calls it for the same steps. Raises `StageError` on every worker where the loss is not finite.
+        Every worker calls it for the same steps. Raises `Diverged` on every worker where the loss is not finite.
         """
         from accelerate.utils import set_seed
 
@@ -154,7 +154,7 @@ class Stepper:
         finite = math.isfinite(norm)
         if not math.isfinite(loss) or (not finite and scaler is None):
             what = f"loss became {loss}" if not math.isfinite(loss) else f"gradient became {norm}"
-            raise StageError(
+            raise Diverged(
                 f"The {what} at step {number} (learning rate {self.learning_rate(number):.3g}), in the rows {suspects()}. "
                 "Look at these rows, then try a lower training.learning_rate, a longer warmup_ratio, or precision: fp32."
             )

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,23 @@ def train(job: JobConfig, prepared: PreparedData, folder: Folder, display: Displ
     Continues from the newest complete checkpoint there. Raises `InputError` and `StageError`.
     """
     called = time.time()
+    found = fit(job, prepared, folder, display)
+    if not (Folder(found["bundle"]) / "manifest.json").exists():
+        raise StageError(
+            f"The workers wrote the bundle to {found['bundle']!r}, but it is not there on this machine: storage must be a folder that all nodes share, or a URI."
+        )
+    timings = _timings(called, found.pop("marks"))
+    return TrainRecord(**found, seconds=time.time() - called, timings=timings, history=str((folder / "history.jsonl").uri))
+
+
+def fit(
+    job: JobConfig, prepared: PreparedData, folder: Folder, display: Display, *, goes_on: Callable[[dict[str, Any]], bool] | None = None
+) -> dict[str, Any]:
+    """Trains as `train` does and returns what the first worker says of it.
+
+    With `goes_on` no bundle is written: after each validation the workers wait for what it says of their report, and end
+    in order where it says no.
+    """
     if not prepared.splits.get("train") or not prepared.splits["train"].rows:
         raise InputError("There are no rows to train on.")
     import ray
@@ -101,7 +118,7 @@ def train(job: JobConfig, prepared: PreparedData, folder: Folder, display: Displ
     (folder / marker).write_bytes(b"")
     work = Work(
         job=job, prepared=prepared, folder=folder, lineage=lineage(job, prepared), threads=asked.threads, tasks=tasks, task_cpus=task_cpus,
-        reports=reports, marker=marker,
+        reports=reports, marker=marker, asks=goes_on is not None,
     )  # fmt: skip
     follower = Follower(display)
     name = f"train-{uuid.uuid4().hex[:8]}"
@@ -123,32 +140,30 @@ def train(job: JobConfig, prepared: PreparedData, folder: Folder, display: Displ
     display.say(
         f"{asked.num_workers} worker{'s' * (asked.num_workers > 1)} with {asked.each} and {asked.threads} thread{'s' * (asked.threads > 1)} each"
     )
-    fit = _Fit(trainer)
+    running = _Fit(trainer)
     try:
-        with _environment(
+        with environment(
             RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5",
             RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S=f"{job.resources.start_timeout_s:g}",
             # A single node that is drained takes everything with it: nothing to watch for, and a process less.
             RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=f"{int(len(nodes) > 1)}",
         ):
-            fit.start()
-            while fit.is_alive():
-                follower.follow(ray.get(reports.drain.remote(), timeout=ACTOR_TIMEOUT_S))
-                fit.join(POLL_S)
+            running.start()
+            while running.is_alive():
+                drained = ray.get(reports.drain.remote(), timeout=ACTOR_TIMEOUT_S)
+                follower.follow(drained)
+                for report in drained:
+                    if goes_on is not None and report.get("metrics") is not None:
+                        ray.get(reports.decide.remote(report["attempt"], report["step"], goes_on(report)), timeout=ACTOR_TIMEOUT_S)
+                running.join(POLL_S)
         follower.follow(ray.get(reports.drain.remote(), timeout=ACTOR_TIMEOUT_S))
     finally:
         ray.kill(reports)  # pyright: ignore[reportArgumentType]
         (folder / marker).delete()
         (folder / "ray").delete()
-    if fit.error is not None:
-        raise _explain(fit.error, asked, job, folder) from fit.error
-    found = dict(fit.result.return_value)
-    if not (Folder(found["bundle"]) / "manifest.json").exists():
-        raise StageError(
-            f"The workers wrote the bundle to {found['bundle']!r}, but it is not there on this machine: storage must be a folder that all nodes share, or a URI."
-        )
-    timings = _timings(called, found.pop("marks"))
-    return TrainRecord(**found, seconds=time.time() - called, timings=timings, history=str((folder / "history.jsonl").uri))
+    if running.error is not None:
+        raise _explain(running.error, asked, job, folder) from running.error
+    return dict(running.result.return_value)
 
 
 def lineage(job: JobConfig, prepared: PreparedData) -> dict[str, Any]:
@@ -173,6 +188,7 @@ class Reports:
 
     def __init__(self) -> None:
         self._waiting: list[dict[str, Any]] = []
+        self._verdicts: dict[tuple[str, int], bool] = {}
 
     def put(self, reports: list[dict[str, Any]]) -> None:
         self._waiting += reports
@@ -180,6 +196,13 @@ class Reports:
     def drain(self) -> list[dict[str, Any]]:
         reports, self._waiting = self._waiting, []
         return reports
+
+    def decide(self, attempt: str, step: int, goes_on: bool) -> None:
+        self._verdicts[attempt, step] = goes_on
+
+    def verdict(self, attempt: str, step: int) -> bool | None:
+        """What the driver said of the validation of a step; None: nothing yet."""
+        return self._verdicts.get((attempt, step))
 
 
 class Follower:
@@ -264,7 +287,7 @@ def _failures(reports: Any) -> Any:
                 ):
                     raise error  # a callback's error ends the run; a restart would end the same way
             rank, error = next(iter(worker_exceptions.items()))
-            reports.put.remote([{"failure": f"Worker {rank} failed: {_one_line(error)}. The workers start again."}])
+            reports.put.remote([{"failure": f"Worker {rank} failed: {one_line(error)}. The workers start again."}])
 
     return Failures()
 
@@ -294,12 +317,12 @@ def _explain(error: BaseException, asked: Workers, job: JobConfig, folder: Folde
     if any("StartupTimeout" in type(cause).__name__ or "InsufficientCluster" in type(cause).__name__ for cause in causes):
         return StageError(
             f"{asked.num_workers} workers with {asked.each} each could not be placed within {job.resources.start_timeout_s:g} s. "
-            f"The nodes have: {_describe(_nodes())}; free now: {_free()}. Lower resources.num_workers or cpus_per_worker, or add nodes."
+            f"{room()} Lower resources.num_workers or cpus_per_worker, or add nodes."
         )
     root = causes[-1]
     tries = f" after {job.resources.max_failures} restarts" if _is_death(root) and job.resources.max_failures else ""
     return StageError(
-        f"Training failed{tries}: {'a worker failed, ' if _is_death(root) else ''}{_one_line(root)}. The whole story is in {log}; the same command continues from the last checkpoint."
+        f"Training failed{tries}: {'a worker failed, ' if _is_death(root) else ''}{one_line(root)}. The whole story is in {log}; the same command continues from the last checkpoint."
     )
 
 
@@ -322,7 +345,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             seen = getattr(seen, "health_check_failure", None)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an error says, for a sentence."""
     text = " ".join(str(error).split())
     if _is_death(error):
         place = re.search(r"\bip: (\S+)", text)
@@ -347,6 +371,11 @@ def _describe(nodes: Sequence[Mapping[str, float]]) -> str:
         )
         or "none is alive"
     )
+
+
+def room() -> str:
+    """A sentence: what the nodes have, and what of it is free."""
+    return f"The nodes have: {_describe(_nodes())}; free now: {_free()}."
 
 
 def _free() -> str:
@@ -377,7 +406,7 @@ def _git_commit() -> str | None:
 
 
 @contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
+def environment(**values: str) -> Iterator[None]:
     """Environment variables for a while; one that the user has set stays."""
     added = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(added)

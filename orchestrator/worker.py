@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -9,16 +10,24 @@ import resource
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.config import JobConfig, digest
 from orchestrator.errors import InputError, StageError
 from orchestrator.records import PreparedData
 from orchestrator.storage import Folder
 
+if TYPE_CHECKING:
+    from orchestrator.checkpoints import Checkpoint
+    from orchestrator.tasks.base import Task
+    from orchestrator.validation import Validation
+
 REPORT_EVERY_S = 0.25
+VERDICT_TIMEOUT_S = 900.0
+VERDICT_POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -37,13 +46,20 @@ class Work:
     """Handle of the actor that takes what the driver shows; None: nobody looks."""
     marker: str
     """A file that the driver wrote into `folder`."""
+    asks: bool = False
+    """After each validation rank 0 asks the driver whether training goes on; it writes no bundle then."""
 
     @property
     def identity(self) -> str:
-        """What the run computes, wherever it runs: checkpoints of another are refused."""
-        question = self.job.model_dump(mode="json", include={"model", "training"})
-        question["training"].pop("record_rows")
-        return digest([self.prepared.fingerprint, self.prepared.task.to_json(), question])
+        return identity(self.job, self.prepared)
+
+
+def identity(job: JobConfig, prepared: PreparedData, free: Sequence[str] = ()) -> str:
+    """What a run computes, wherever it runs: checkpoints of another are refused. `free` are paths of `training` that may change on the way."""
+    question = job.model_dump(mode="json", include={"model", "training"})
+    for name in ("record_rows", "tokens_per_micro_batch", *(path.removeprefix("training.") for path in free)):
+        question["training"].pop(name)
+    return digest([prepared.fingerprint, prepared.task.to_json(), question])
 
 
 def run(work: Work) -> dict[str, Any] | None:
@@ -54,16 +70,15 @@ def run(work: Work) -> dict[str, Any] | None:
     import torch
 
     torch.set_num_threads(work.threads)
-    from orchestrator import bundle, checkpoints, loop, models, processors
+    from orchestrator import checkpoints, loop, models, processors
     from orchestrator.data.stream import Encoding, RankStream, SplitRows
-    from orchestrator.validation import Validation
 
     marks["imports"] = time.time()
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     job, settings = work.job, work.job.training
     task, section = work.prepared.task, job.model
-    _seed(settings.seed)
+    seed(settings.seed)
 
     base = models.resolve(section.base, section.revision)
     processor = processors.load(base, task.modality, section.trust_remote_code, section.revision)
@@ -89,78 +104,111 @@ def run(work: Work) -> dict[str, Any] | None:
 
     validate = None
     if "validation" in work.prepared.splits and work.prepared.splits["validation"].rows:
-        best_by = (settings.metric_for_best_model or task.objective).removeprefix("eval_")
         rows = SplitRows(Encoding.of(work.prepared, "validation", processor, rank=rank, world=world), tasks=work.tasks, cpus=work.task_cpus)
-        tokens = {"tokens": job.evaluation.tokens_per_batch} if job.evaluation.tokens_per_batch else {}
-        validate = Validation(task, processor, rows, precision=precision, wanted=[*(job.evaluation.metrics or ()), best_by], **tokens)
+        validate = validation(job, task, processor, rows, precision)
     logs = Logs(work.folder, rank, world, stream.steps_per_epoch, record_rows=settings.record_rows)
+    place = ray.util.get_current_placement_group()
     steps = loop.train(
         task, model, processor, settings, stream, folder=work.folder, validate=validate, global_batch_size=batch,
-        identity=work.identity, checkpoint=job.checkpoint, on_rows=logs.rows,
+        identity=work.identity, checkpoint=job.checkpoint, on_rows=logs.rows, write_behind=not work.asks, end_with_best=not work.asks,
     )  # fmt: skip
     tally = Tally()
-    reporter = Reporter(work.reports if rank == 0 else None, total, world)
-    for progress in steps:
-        tally.add(progress)
-        logs.progress(progress)
-        reporter.add(progress)
-        if tally.first is progress:
-            began = time.time() - progress.seconds
-            marks |= {"setup": began, "first_rows": began + progress.wait_seconds, "first_step": began + progress.seconds}
-        if progress.step % stream.steps_per_epoch == 0 or progress.step == total or progress.stopped:
-            _require_equal(model, f"after step {progress.step}")
-        if progress.metrics is not None:
-            ray.train.report(
-                {
-                    "step": progress.step,
-                    "epoch": progress.epoch,
-                    "loss": progress.loss,
-                    **{f"eval_{name}": value for name, value in progress.metrics.items()},
-                }
-            )
+    reporter = Reporter(work.reports if rank == 0 else None, total, world, precision=precision, place=place and place.id.hex())
+    with contextlib.closing(steps):
+        for progress in steps:
+            tally.add(progress)
+            logs.progress(progress)
+            reporter.add(progress)
+            if tally.first is progress:
+                began = time.time() - progress.seconds
+                marks |= {"setup": began, "first_rows": began + progress.wait_seconds, "first_step": began + progress.seconds}
+            if progress.step % stream.steps_per_epoch == 0 or progress.step == total or progress.stopped:
+                _require_equal(model, f"after step {progress.step}")
+            if progress.metrics is not None:
+                ray.train.report(
+                    {
+                        "step": progress.step,
+                        "epoch": progress.epoch,
+                        "loss": progress.loss,
+                        **{f"eval_{name}": value for name, value in progress.metrics.items()},
+                    }
+                )
+                if work.asks and not reporter.goes_on(progress.step):
+                    break
     stream.close()
     reporter.flush()
-    _require_equal(model, "of the best checkpoint")
     marks["trained"] = time.time()
+    if not work.asks:
+        _require_equal(model, "of the best checkpoint")
 
-    shared = _sum_up(tally, stream)
+    found = {**figures(tally, stream, batch=batch, world=world, precision=precision), "marks": marks}
     if rank > 0:
         return None
-    last = tally.last
-    if last is None:
-        raise StageError("Training ended before its first step.")
+    if work.asks:
+        return found
     best = checkpoints.best(work.folder, work.identity)
     if best is None:
         raise StageError(f"There is no complete checkpoint in {str(work.folder)!r} although training has ended.")
-    metrics = dict((best.state.get("best") or {}).get("metrics") or {})
-    best_step = (best.state.get("best") or {}).get("step") or best.step
+    said = write_bundle(work.folder / "bundle", model, processor, task=task, job=job, lineage=work.lineage, best=best, figures=found)
+    return {**said, **found}
+
+
+def validation(job: JobConfig, task: Task, processor: Any, rows: Any, precision: str, *, tokens: int | None = None) -> Validation:
+    """The validation of a job's training over `rows`; `tokens` go through the model at once, None: as the job says."""
+    from orchestrator.validation import Validation
+
+    best_by = (job.training.metric_for_best_model or task.objective).removeprefix("eval_")
+    tokens = tokens or job.evaluation.tokens_per_batch
+    given = {"tokens": tokens} if tokens else {}
+    return Validation(task, processor, rows, precision=precision, wanted=[*(job.evaluation.metrics or ()), best_by], **given)
+
+
+def figures(tally: Tally, stream: Any, *, batch: int, world: int, precision: str) -> dict[str, Any]:
+    """What a record says of the training that has just ended; all workers call it, and each gets the same but `resumed_from`."""
+    last = tally.last
+    if last is None:
+        raise StageError("Training ended before its first step.")
     epochs, steps_in_epoch = divmod(last.step, stream.steps_per_epoch)
-    rows_seen = epochs * stream.rows + min(stream.rows, steps_in_epoch * batch)
-    place = work.folder / "bundle"
-    lineage = {
-        **work.lineage,
-        "steps": last.step,
-        "best_step": best_step,
-        "rows_seen": rows_seen,
-        "global_batch_size": batch,
-        "num_workers": world,
-    }
-    plain = models.merged(model).to("cpu")
-    bundle.write(place, model=plain, processor=processor, task=task, job=job.to_json(), lineage=lineage, metrics={"validation": metrics})
     return {
-        "bundle": str(place.uri),
-        "metrics": metrics,
-        "best_step": best_step,
         "steps": last.step,
         "epochs": last.epoch,
-        "rows_seen": rows_seen,
+        "rows_seen": epochs * stream.rows + min(stream.rows, steps_in_epoch * batch),
         "global_batch_size": batch,
         "num_workers": world,
         "precision": precision,
         "resumed_from": tally.resumed_from,
-        "marks": marks,
-        **shared,
+        **_sum_up(tally, stream),
     }
+
+
+def write_bundle(
+    place: Folder,
+    model: Any,
+    processor: Any,
+    *,
+    task: Task,
+    job: JobConfig,
+    lineage: dict[str, Any],
+    best: Checkpoint,
+    figures: dict[str, Any],
+) -> dict[str, Any]:
+    """Writes the bundle of `model`, which has the weights of the checkpoint `best`, and returns what a record says of it."""
+    from orchestrator import bundle, models
+
+    standing = best.state.get("best")
+    metrics = dict(standing["metrics"]) if standing and standing["step"] == best.step else {}
+    counted = {name: figures[name] for name in ("steps", "rows_seen", "global_batch_size", "num_workers")}
+    plain = models.merged(model).to("cpu")
+    bundle.write(
+        place,
+        model=plain,
+        processor=processor,
+        task=task,
+        job=job.to_json(),
+        lineage={**lineage, **counted, "best_step": best.step},
+        metrics={"validation": metrics},
+    )
+    return {"bundle": str(place.uri), "metrics": metrics, "best_step": best.step}
 
 
 class Tally:
@@ -187,11 +235,11 @@ class Tally:
 class Reporter:
     """Sends progress to the driver a few times a second, without waiting for it."""
 
-    def __init__(self, actor: Any, total: int, world: int):
+    def __init__(self, actor: Any, total: int, world: int, **more: Any):
         self._actor, self._attempt = actor, uuid.uuid4().hex[:8]
         self._waiting: list[dict[str, Any]] = []
         self._sent = 0.0
-        self._common = {"attempt": self._attempt, "total_steps": total, "num_workers": world}
+        self._common = {"attempt": self._attempt, "total_steps": total, "num_workers": world, **more}
 
     def add(self, progress: Any) -> None:
         if self._actor is None:
@@ -204,6 +252,28 @@ class Reporter:
         if self._actor is not None and self._waiting:
             self._actor.put.remote(self._waiting)
             self._waiting, self._sent = [], time.monotonic()
+
+    def goes_on(self, step: int) -> bool:
+        """Whether the driver wants more after the validation of `step`; every worker calls it, rank 0 asks for all."""
+        import torch.distributed as dist
+
+        answer: list[Any] = [self._ask(step) if self._actor is not None else None]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.broadcast_object_list(answer, src=0)
+        if answer[0] is None:
+            raise StageError(f"The driver did not say within {VERDICT_TIMEOUT_S:.0f} s whether training goes on after step {step}.")
+        return answer[0]
+
+    def _ask(self, step: int) -> bool | None:
+        import ray
+
+        deadline = time.monotonic() + VERDICT_TIMEOUT_S
+        while time.monotonic() < deadline:
+            answer: Any = ray.get(self._actor.verdict.remote(self._attempt, step), timeout=VERDICT_TIMEOUT_S)
+            if answer is not None:
+                return answer
+            time.sleep(VERDICT_POLL_S)
+        return None
 
 
 class StepLog:
@@ -348,7 +418,8 @@ def _sum_up(tally: Tally, stream: Any) -> dict[str, Any]:
     }
 
 
-def _seed(seed: int) -> None:
+def seed(seed: int) -> None:
+    """Of everything in this process that draws at random."""
     import numpy as np
     import torch
 

@@ -199,7 +199,7 @@ class Encoding:
             )
         if self.global_batch:
             plan = self.plan(epoch)
-            positions = plan.positions(file, _lengths(table) if self.group_by_length else None)
+            positions = plan.positions(file, lengths(table) if self.group_by_length else None)
             mine = plan.mine(positions, self.rank, self.world)
         else:
             positions = sum(self.counts[:file]) + np.arange(len(table))
@@ -229,7 +229,7 @@ def _processor(pickled: bytes) -> Any:
     return pickle.loads(pickled)
 
 
-def _lengths(table: pa.Table) -> np.ndarray:
+def lengths(table: pa.Table) -> np.ndarray:
     """A cheap measure of each row: bytes of its texts (a token is about as many bytes in any script)."""
     total = np.zeros(len(table), dtype=np.int64)
     for field in table.schema:
@@ -348,18 +348,33 @@ def _cause(error: BaseException) -> BaseException:
     return StageError(f"Encoding failed: {type(root).__name__}: {' '.join(str(root).split())[:500]}.")
 
 
-class RankStream:
+class Unpacker:
+    """Encoded rows back to examples; `encoded` and `truncated` count those that are not borrowed (None: the task does not say)."""
+
+    encoded = 0
+    truncated: int | None = None
+
+    def unpack(self, encoded: bytes, *, borrowed: bool = False) -> list[Example]:
+        """The examples of one row."""
+        examples = pickle.loads(encoded)
+        for example in examples:
+            truncated = example.pop("truncated", None)
+            if not borrowed:
+                self.encoded += 1
+                if truncated is not None:
+                    self.truncated = (self.truncated or 0) + bool(truncated)
+        return examples
+
+
+class RankStream(Unpacker):
     """One worker's part of every global batch, over all epochs: the `loop.Stream` of distributed training.
 
-    `total_steps` are the optimizer steps of the whole run: nothing beyond them is read. `encoded` and `truncated` count
-    examples (borrowed ones aside); `truncated` is None where the task does not say.
+    `total_steps` are the optimizer steps of the whole run: nothing beyond them is read.
     """
 
     def __init__(self, encoding: Encoding, *, total_steps: int, tasks: int = 1, cpus: float = 0, object_store: int = OBJECT_STORE):
         self.rows = sum(encoding.counts)
         self.steps_per_epoch = encoding.plan(0).steps
-        self.encoded = 0
-        self.truncated: int | None = None
         self._encoding, self._total_steps = encoding, total_steps
         self._pipeline = functools.partial(pipeline, encoding, tasks=tasks, cpus=cpus, object_store=object_store)
         self._feed: Feed | None = None
@@ -391,14 +406,9 @@ class RankStream:
                         f"The stream lost its order: at step {step} of epoch {epoch} worker {self._encoding.rank} expected the row at position {expected} and got "
                         + (f"{row_id!r} at {position}." if position >= 0 else "the end of the data.")
                     )
-                for example in pickle.loads(encoded):
-                    truncated = example.pop("truncated", None)
-                    if not borrowed:
-                        self.encoded += 1
-                        if truncated is not None:
-                            self.truncated = (self.truncated or 0) + bool(truncated)
-                    examples.append(example)
-                    row_ids.append(row_id)
+                found = self.unpack(encoded, borrowed=borrowed)
+                examples += found
+                row_ids += [row_id] * len(found)
             self._next = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
             yield Share(step=step, row_ids=row_ids, examples=examples, borrowed=borrowed)
 
