@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from orchestrator.config import JobConfig
 from orchestrator.errors import InputError
-from orchestrator.search_rules import PAUSING
+from orchestrator.search_rules import MUTATING
 from orchestrator.training import workers
 
 GIB = 2**30
@@ -70,7 +70,7 @@ def places(job: JobConfig, nodes: Sequence[Mapping[str, float]], *, weights: int
     else:
         cpus = _cpus(nodes, most, 4 * weights * 1.25 + PROCESS_BYTES)
     fit = sum(_fit(node, cpus, gpus) for node in nodes)
-    while search.scheduler in PAUSING and fit > most:  # all members of a population are begun, and nothing but room bounds those that run
+    while search.scheduler in MUTATING and fit > most:  # a population takes turns, all of it: nothing but room bounds those that run
         cpus += 1.0
         fit = sum(_fit(node, cpus, gpus) for node in nodes)
     if not fit:
