@@ -35,6 +35,11 @@ def data_key(job: JobConfig) -> str:
     return digest(job.model_dump(mode="json", include={"task", "data"}))
 
 
+def member(number: int) -> str:
+    """Names a trial of a population, whose sample changes."""
+    return f"member-{number:03d}"
+
+
 @dataclass(frozen=True)
 class Space:
     """The settings that trials of a job may have. Made by `Space.of`, which refuses what can't work; it pickles."""
