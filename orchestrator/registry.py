@@ -26,11 +26,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import bundle as bundles
+from orchestrator import trial_runs
 from orchestrator.config import JobConfig, digest
 from orchestrator.errors import InputError, StageError, did_you_mean, nearest
-from orchestrator.records import RegisterRecord
+from orchestrator.records import RegisterRecord, SearchRecord
 from orchestrator.storage import Folder
 from orchestrator.tasks.base import Task
+from orchestrator.trial_runs import text
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -117,12 +119,16 @@ class Registry:
         test_fingerprint: str,
         lineage: Mapping[str, Any],
         run_dir: Folder,
+        run_id: str | None = None,
+        searched: SearchRecord | None = None,
         history: str | None = None,
         tables: Mapping[str, str] | None = None,
         champion_score: float | None = None,
         promote: bool = False,
     ) -> RegisterRecord:
         """A new version of the job's model for `bundle`, with its MLflow run; the same bundle again is the same version.
+
+        `run_id` is the job's where `job` is a trial's; the trials of the sweep `searched` become child runs of the version's.
 
         `metrics` are split -> metric -> value; `history` the JSONL file of metrics over steps and `tables` name -> CSV
         file, both in any storage. `test_fingerprint` tells whether two versions were scored on the same test rows;
@@ -147,8 +153,9 @@ class Registry:
                     "test_fingerprint": test_fingerprint,
                     "objective": f"{split}_{objective}",
                     "job_digest": digest(job.to_json()),
-                    "job_run": job.run_id,
+                    "job_run": run_id or job.run_id,
                     "run_dir": str(run_dir),
+                    **(trial_runs.lineage(searched) if searched is not None else {}),
                     "base_model": job.model.base,
                     "host": socket.gethostname(),
                     **({"parent": f"{name}/{champion.version}"} if champion else {}),
@@ -156,9 +163,9 @@ class Registry:
                     **{f"library.{key}": value for key, value in bundles.environment()["libraries"].items() if value},
                     **{f"lineage.{key}": value for key, value in lineage.items() if value is not None},
                 }
-                tags = {key: _text(value) for key, value in tags.items()}
-                run_id = self._run(job, name, metrics, tags, history, tables or {}, bundle)
-                version = self._version(name, run_id, bundle, tags)
+                tags = {key: text(value) for key, value in tags.items()}
+                mlflow_run = self._run(job, name, metrics, tags, history, tables or {}, bundle, searched)
+                version = self._version(name, mlflow_run, bundle, tags)
             assert version.run_id is not None
             moved, reason = _verdict(
                 int(version.version), champion, split, objective, metrics, test_fingerprint, champion_score, self._metrics_of(champion),
@@ -361,8 +368,9 @@ class Registry:
         history: str | None,
         tables: Mapping[str, str],
         bundle: Folder,
+        searched: SearchRecord | None,
     ) -> str:
-        """The MLflow run that describes a version; returns its id."""
+        """The MLflow run that describes a version, with its trials as runs below it; returns its id."""
         from mlflow.entities import Metric, Param
 
         client = self.client
@@ -372,7 +380,7 @@ class Registry:
             experiment_id = client.create_experiment(name, artifact_location=place)
         else:
             experiment_id = experiment.experiment_id
-        run = client.create_run(experiment_id, run_name=job.run_id, tags=tags)
+        run = client.create_run(experiment_id, run_name=tags["job_run"], tags=tags)
         run_id, now = run.info.run_id, run.info.start_time
         params = [Param(key, value) for key, value in parameters(job).items()]
         for start in range(0, len(params), 100):
@@ -383,7 +391,11 @@ class Registry:
             client.log_batch(run_id, metrics=points[start : start + 1000])
         with tempfile.TemporaryDirectory(prefix="orchestrator-register-") as scratch:
             _collect(Path(scratch), job, bundle, history, tables)
+            if searched is not None and searched.report is not None and Folder(searched.report).exists():
+                (Path(scratch) / "report.html").write_bytes(Folder(searched.report).read_bytes())
             client.log_artifacts(run_id, scratch)
+        if searched is not None:
+            trial_runs.log(client, experiment_id, run_id, searched, now)
         client.set_terminated(run_id)
         return run_id
 
@@ -414,14 +426,9 @@ def parameters(job: JobConfig) -> dict[str, str]:
             for key, item in value.items():
                 yield from walk(item, f"{path}.{key}" if path else str(key))
         else:
-            yield re.sub(r"[^\w./ :-]", "_", path), _text(value)
+            yield trial_runs.key(path), text(value)
 
     return dict(walk(bundles.without_secrets(job.to_json()), ""))
-
-
-def _text(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return bundles.without_secrets(text)[:5000]
 
 
 def _some(versions: Mapping[int, Any]) -> str:

@@ -295,3 +295,32 @@ def test_warming_makes_the_tables(tmp_path):
     while warmed.list_models() != [] or not (tmp_path / "mlflow.db").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_every_trial_of_a_sweep_is_a_run_below_the_winners(place, tmp_path):
+    from tests.unit.sweeps import sweep
+
+    (tmp_path / "report.html").write_text("<html>")
+    searched = sweep(6, report=str(tmp_path / "report.html"))
+    record = place.register("one", 0.8, searched=searched, run_id="reviews-1a2b")
+    client = place.registry.client
+    (experiment,) = client.search_experiments(filter_string=f"name = '{place.model}'")
+    children = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{record.mlflow_run}'")
+    assert sorted(int(run.data.tags["number"]) for run in children) == list(range(6))
+    by_number = {int(run.data.tags["number"]): run for run in children}
+    trial = searched.trials[2]
+    assert trial.best is not None
+    run = by_number[2]
+    assert run.info.run_name == "trial 2"
+    assert run.data.params["training.learning_rate"] == repr(trial.sample["training.learning_rate"])
+    assert run.data.metrics["best_f1"] == trial.best["f1"]
+    assert [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "f1")] == [
+        (report["examples"], report["f1"]) for report in trial.reports
+    ]
+    assert by_number[5].info.status == "FAILED"
+    assert "learning_rate" in by_number[5].data.tags["error"]
+    tags = client.get_model_version(place.model, "1").tags
+    best = next(trial for trial in searched.trials if trial.id == searched.best)
+    assert (tags["search.trials"], tags["search.trial"], tags["job_run"]) == ("6", str(best.number), "reviews-1a2b")
+    assert "report.html" in [item.path for item in client.list_artifacts(record.mlflow_run)]
+    assert len(place.registry.show(place.model)) == 1
