@@ -51,6 +51,8 @@ def section(schema: dict[str, Any], path: str, inner: dict[str, Any], depth: int
     for name, value in keys.items():
         if deeper := nested(schema, value):
             lines += section(schema, f"{path}.{name}", deeper, depth + 1)
+        elif deeper := nested(schema, value.get("additionalProperties") or {}):
+            lines += section(schema, f"{path}.{name}.…", deeper, depth + 1)
     return lines
 
 
@@ -72,11 +74,15 @@ def kind(schema: dict[str, Any], value: dict[str, Any]) -> str:
     if "anyOf" in value:
         kinds = [kind(schema, choice) for choice in value["anyOf"] if choice.get("type") != "null"]
         return " or ".join(dict.fromkeys(kinds))
+    if "prefixItems" in value:
+        return f"[{', '.join(kind(schema, item) for item in value['prefixItems'])}]"
     if value.get("type") == "array":
         return f"list of {kind(schema, value['items'])}"
     if value.get("type") == "object":
         of = value.get("additionalProperties")
-        return f"map of {kind(schema, of)}" if isinstance(of, dict) else "section"
+        return f"map of {kind(schema, of)}{'s' * bool(nested(schema, of))}" if isinstance(of, dict) else "map" if of else "section"
+    if "type" not in value:
+        return "anything"
     word = {"string": "text", "integer": "whole number", "number": "number", "boolean": "`true`, `false`"}[value["type"]]
     bounds = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
     limits = [f"{words} {value[key]:g}" for key, words in bounds.items() if key in value]

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs import validate
-from orchestrator import cluster, pipeline, preflight
+from orchestrator import cluster, pipeline, preflight, tuning
 from orchestrator.config import JobConfig, load
 from orchestrator.progress import Display
 from orchestrator.records import DeployRecord, EvaluateRecord, PreparedData, RegisterRecord
@@ -40,11 +40,12 @@ def main(
     display.stage("check")
     for sentence in cluster.sweep():  # what a killed run left behind may hold the endpoint's port
         display.say(sentence)
-    validate.require(job, serve=until == "deploy", address=address)
+    validate.require(job, register=until in ("register", "deploy"), serve=until == "deploy", address=address)
     with run.alone(fresh=fresh), cluster.session(address, log_dir=run.log_dir, verbose=verbose) as session:
         found = cluster.resources()
         # What an autoscaler may still add isn't on a node yet; then only the sums can be asked about.
-        preflight.require_resources(job, list(found.nodes) if found.maximum == found.total else [found.maximum])
+        nodes = list(found.nodes) if found.maximum == found.total else [found.maximum]
+        preflight.require_resources(job, nodes) if job.search is None else tuning.look(job, nodes)
         if found.maximum.get("GPU", 0) > found.total.get("GPU", 0) and "auto" in (job.resources.num_workers, job.resources.gpus_per_worker):
             display.warn(
                 "The cluster can grow by GPUs that aren't there yet: to train on them, set resources.num_workers and gpus_per_worker."
@@ -111,7 +112,7 @@ def _rounded(value: Any) -> Any:
 
 def _run_file(
     job_file: Annotated[str, typer.Argument(help="The resolved job (job.json).")],
-    until: Annotated[str, typer.Option(help="Last stage: train, evaluate or deploy.")] = "deploy",
+    until: Annotated[str, typer.Option(help="Last stage: train, evaluate, register or deploy.")] = "deploy",
     promote: Annotated[bool, typer.Option(help="Move the alias to the new version whatever it scores.")] = False,
     fresh: Annotated[bool, typer.Option(help="Forget the stages that are done.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose")] = False,

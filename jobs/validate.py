@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import os
 
-from orchestrator import preflight
+from orchestrator import preflight, tuning
 from orchestrator.config import JobConfig
 from orchestrator.doctor import Check
 from orchestrator.errors import InputError
 
 
-def main(job: JobConfig, *, serve: bool = True, address: str | None = None) -> list[Check]:
+def main(job: JobConfig, *, register: bool = True, serve: bool = True, address: str | None = None) -> list[Check]:
     """All that can be known without starting anything, in seconds; a check that failed has `ok=False`.
 
-    Without `serve` registry and endpoint are left out: nothing up to evaluation needs them.
+    Without `register` the registry is left out, and without `serve` the endpoint: nothing up to evaluation needs them.
     """
     embedded = not (address or os.environ.get("RAY_ADDRESS"))
-    checks = preflight.check(job, serve=serve, embedded=embedded)
+    checks = preflight.check(job, serve=register, embedded=embedded)
+    if job.search is not None and embedded and all(check.ok for check in checks):
+        checks.append(_trials(job))
     return [*checks, _endpoint(job, embedded=embedded)] if serve else checks
 
 
-def require(job: JobConfig, *, serve: bool = True, address: str | None = None) -> None:
+def require(job: JobConfig, *, register: bool = True, serve: bool = True, address: str | None = None) -> None:
     """Raises `InputError` with every sentence that `main` found wrong."""
-    wrong = [check.sentence for check in main(job, serve=serve, address=address) if check.ok is False]
+    wrong = [check.sentence for check in main(job, register=register, serve=serve, address=address) if check.ok is False]
     if wrong:
         raise InputError("\n".join(wrong))
+
+
+def _trials(job: JobConfig) -> Check:
+    """Of a sweep on this machine; a running cluster is asked once it is connected."""
+    try:
+        return Check("trials", True, tuning.look(job, [preflight.this_machine()]))
+    except InputError as error:
+        return Check("trials", False, str(error))
 
 
 def _endpoint(job: JobConfig, *, embedded: bool) -> Check:

@@ -45,7 +45,7 @@ def _options(
 
 
 for panel, commands in {
-    "Jobs": (job.init, job.validate, job.run, job.train, job.evaluate),
+    "Jobs": (job.init, job.validate, job.run, job.train, job.tune, job.evaluate),
     "Models": (model.predict, model.serve),
     "Clusters": (cluster.submit,),
     "About": (about.tasks, about.schema, about.doctor),

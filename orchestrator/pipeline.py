@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from orchestrator import bundle as bundles
-from orchestrator import evaluation, training
+from orchestrator import evaluation, training, tuning, winner
 from orchestrator.config import JobConfig, digest
 from orchestrator.data.prepare import prepare
 from orchestrator.errors import InputError
 from orchestrator.progress import Display
-from orchestrator.records import DeployRecord, EvaluateRecord, PreparedData, RegisterRecord, TrainRecord
+from orchestrator.records import Comparison, DeployRecord, EvaluateRecord, PreparedData, RegisterRecord, SearchRecord, TrainRecord
 from orchestrator.registry import Registry
 from orchestrator.schema import Schema
 from orchestrator.storage import Folder
 
-Until = Literal["train", "evaluate", "deploy"]
+Until = Literal["train", "evaluate", "register", "deploy"]
 Deploy = Callable[[JobConfig, PreparedData, EvaluateRecord, RegisterRecord], DeployRecord]
 Record = TypeVar("Record", bound=Schema)
 
@@ -81,6 +81,9 @@ class Run:
                 (self.folder / name).delete()
             elif name.startswith("train-"):
                 (self.folder / name / "checkpoints").delete()
+            elif name.startswith("search-"):
+                for trial in (self.folder / name / "trials").names():
+                    (self.folder / name / "trials" / trial / "checkpoints").delete()
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -147,7 +150,7 @@ def run(run: Run, *, until: Until = "deploy", promote: bool = False, deploy: Dep
     job, display = run.job, run.display
     result: dict[str, Any] = {"run": job.run_id, "run_dir": str(run.folder), "timings": run.timings}
 
-    registry = Registry(job.registry.uri, run.storage) if until == "deploy" else None
+    registry = Registry(job.registry.uri, run.storage) if until in ("register", "deploy") else None
     if registry is not None:
         registry.warm()
 
@@ -155,24 +158,29 @@ def run(run: Run, *, until: Until = "deploy", promote: bool = False, deploy: Dep
         prepared = prepare(job, run.storage, display)
     run.keep("prepare", prepared)
 
-    question = {"data": prepared.fingerprint, **job.model_dump(mode="json", include={"task", "model", "training"})}
-    question["global_batch_size"] = training.global_batch_size(job)
-    question["attempt"] = run.attempt
-    folder = run.folder / f"train-{digest(question)[:8]}"
-    trained = run.stage(
-        "train",
-        TrainRecord,
-        question,
-        lambda: training.train(job, prepared, folder, display),
-        needs=lambda record: [f"{record.bundle}/manifest.json"],
-    )
+    if job.search is None:
+        question = _question(run, prepared)
+        folder = run.folder / f"train-{digest(question)[:8]}"
+        trained = run.stage(
+            "train",
+            TrainRecord,
+            question,
+            lambda: training.train(job, prepared, folder, display),
+            needs=lambda record: [f"{record.bundle}/manifest.json"],
+        )
+        final = Final(job, prepared, trained, question)
+    else:
+        final = _search(run, prepared)
+    as_written, prepared, trained = prepared, final.prepared, final.trained
     result["metrics"] = {"validation": trained.metrics}
     result["train"] = trained.to_json()
+    if final.searched is not None:
+        result["search"] = winner.summary(final.searched)
     if until == "train":
         return result
 
     def evaluate() -> EvaluateRecord:
-        record = evaluation.evaluate(job, prepared, trained.bundle, run.folder / "evaluation", display)
+        record = evaluation.evaluate(final.job, prepared, trained.bundle, run.folder / "evaluation", display)
         split = "validation" if record.predictions.get("validation") else "test"
         golden = evaluation.read_predictions(record.predictions[split], limit=GOLDEN_ROWS)
         bundles.complete(Folder(trained.bundle), metrics=record.metrics, golden=golden)
@@ -181,16 +189,20 @@ def run(run: Run, *, until: Until = "deploy", promote: bool = False, deploy: Dep
     evaluated = run.stage(
         "evaluate",
         EvaluateRecord,
-        [question, job.evaluation.to_json()],
+        [final.question, job.evaluation.to_json()],
         evaluate,
         needs=lambda record: [*record.predictions.values(), f"{trained.bundle}/golden.json"],
     )
     result["metrics"] = evaluated.metrics
+    if final.searched is not None and evaluated.predictions:
+        compared = _compare(run, final, final.searched, as_written, evaluated)
+        display.say(compared.sentence())
+        result["comparison"] = compared.to_json()
     if registry is None:
         return result
 
     with run.timed("register"):
-        registered = _register(run, registry, prepared, trained, evaluated, promote=promote)
+        registered = _register(run, registry, final, evaluated, promote=promote)
     run.keep("register", registered)
     display.say(f"{registered.name} version {registered.version}: {registered.reason}")
     result["model"] = {"name": registered.name, "version": registered.version}
@@ -203,11 +215,77 @@ def run(run: Run, *, until: Until = "deploy", promote: bool = False, deploy: Dep
     return result
 
 
-def _register(
-    run: Run, registry: Registry, prepared: PreparedData, trained: TrainRecord, evaluated: EvaluateRecord, *, promote: bool
-) -> RegisterRecord:
+@dataclass(frozen=True)
+class Final:
+    """The training that the stages after it go on with."""
+
+    job: JobConfig
+    """With the settings that it was trained with: of a sweep the winner's."""
+    prepared: PreparedData
+    trained: TrainRecord
+    question: Any
+    """What decides how it came out, as JSON."""
+    searched: SearchRecord | None = None
+
+
+def _question(run: Run, prepared: PreparedData) -> dict[str, Any]:
+    question = {"data": prepared.fingerprint, **run.job.model_dump(mode="json", include={"task", "model", "training"})}
+    search = run.job.search
+    if search is None:
+        return {**question, "global_batch_size": training.global_batch_size(run.job), "attempt": run.attempt}
+    batch = run.job.training.global_batch(search.workers_per_trial)
+    return {**question, "global_batch_size": batch, "attempt": run.attempt, "search": search.question}
+
+
+def _search(run: Run, prepared: PreparedData) -> Final:
+    """The sweep in place of training, and where the job asks for it the winner's setting trained once more on more rows."""
+    job, display = run.job, run.display
+    assert job.search is not None
+    question = _question(run, prepared)
+    folder = run.folder / f"search-{digest(question)[:8]}"
+    asked = [question, job.search.model_dump(mode="json", include={"num_trials", "max_seconds", "max_examples", "plateau"})]
+    searched = run.stage(
+        "search",
+        SearchRecord,
+        asked,
+        lambda: tuning.tune(job, prepared, folder, display),
+        needs=lambda record: [f"{trained.bundle}/manifest.json" for trained in (record.train, record.default) if trained is not None],
+    )
+    settings = winner.settings(job, searched)
+    same = settings.data == job.data and settings.task == job.task
+    data = prepared if same else prepare(settings, run.storage, display)
+    trained, asked = searched.train, [*asked, searched.best]
+    if job.search.refit:
+        asked, data = [*asked, "refit"], winner.train_and_validation(data)
+        trained = run.stage(
+            "refit",
+            TrainRecord,
+            asked,
+            lambda: winner.refit(settings, job, data, searched, folder / "refit", display),
+            needs=lambda record: [f"{record.bundle}/manifest.json"],
+        )
+    return Final(settings, data, trained, asked, searched)
+
+
+def _compare(run: Run, final: Final, searched: SearchRecord, prepared: PreparedData, evaluated: EvaluateRecord) -> Comparison:
+    """How sure the winner's score is and what the sweep has gained, on rows that no trial has seen.
+
+    `prepared` is the data of the job as it is written.
+    """
+    compared = run.stage(
+        "compare",
+        Comparison,
+        [final.question, run.job.evaluation.to_json()],
+        lambda: winner.compare(run.job, prepared, searched, final.trained, evaluated, run.folder / "evaluation-of-default", run.display),
+        needs=lambda record: [],
+    )
+    winner.write_report(searched, compared)
+    return compared
+
+
+def _register(run: Run, registry: Registry, final: Final, evaluated: EvaluateRecord, *, promote: bool) -> RegisterRecord:
     """A version of the model, compared with the champion on the same test rows, where these differ by scoring it on them now."""
-    job = run.job
+    job, prepared, trained = final.job, final.prepared, final.trained
     bundle = bundles.load(trained.bundle)
     split = "test" if evaluated.predictions.get("test") else "validation"
     rows = _fingerprint(evaluated.predictions[split])
@@ -223,7 +301,9 @@ def _register(
         metrics=evaluated.metrics,
         test_fingerprint=rows,
         lineage={**bundle.lineage, "data_fingerprint": prepared.fingerprint},
+        run_id=run.job.run_id,
         run_dir=run.folder,
+        searched=final.searched,
         history=trained.history,
         tables=evaluated.tables,
         champion_score=champion_score,

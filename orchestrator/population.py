@@ -26,7 +26,7 @@ from orchestrator import distributions
 from orchestrator.config import Parameter
 from orchestrator.errors import InputError
 from orchestrator.schedulers import CLOCK, Clocked, is_default, proposals
-from orchestrator.space import member
+from orchestrator.space import Space, member
 from orchestrator.storage import Folder
 
 
@@ -156,6 +156,18 @@ def steps(schedule: Folder) -> list[tuple[int, dict[str, Any]]]:
         raise InputError(
             f"search.replay: {str(schedule)!r} is not the schedule of a finished population: it must lead from a first setting to its best trial."
         )
+    return found
+
+
+def plan(space: Space, schedule: Folder) -> list[tuple[int, dict[str, Any]]]:
+    """The `steps` of a schedule, as trials of this space; `InputError` where they are not."""
+    found = steps(schedule)
+    for _, sample in found:
+        if sample.keys() != space.parameters.keys():
+            raise InputError(
+                f"search.replay: {str(schedule)!r} sets {', '.join(sample)}, and search.space has {', '.join(space.parameters)}; they must be the same."
+            )
+        space.apply(sample)
     return found
 
 

@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator.config import JobConfig
+from orchestrator.config import JobConfig, digest
 from orchestrator.data import sources
 from orchestrator.doctor import Check
 from orchestrator.errors import InputError, did_you_mean
+from orchestrator.space import Space
 from orchestrator.storage import Folder
 
 GIB = 2**30
@@ -22,7 +23,7 @@ def check(job: JobConfig, *, serve: bool = True, embedded: bool = True) -> list[
     Without `serve` the registry is not looked at: nothing up to evaluation needs it. Unless `embedded` the machine is not
     either: a running cluster is asked once it is connected (`require_resources`).
     """
-    asked = {"registry": serve, "machine": embedded}
+    asked = {"registry": serve, "machine": embedded, "search": job.search is not None}
     looks = {name: look for name, look in _LOOKS.items() if asked.get(name, True)}
     return [_outcome(name, look, job) for name, look in looks.items()]
 
@@ -126,7 +127,7 @@ def _machine(job: JobConfig) -> str:
     import psutil
 
     cpus = os.cpu_count() or 1
-    require_resources(job, [{"CPU": float(cpus), **_gpus()}])
+    require_resources(job, [this_machine()])
     weights = weight_bytes(job)
     workers = job.resources.num_workers if job.resources.num_workers != "auto" else 1
     # Per worker: fp32 weights, gradients, two Adam moments, and about as much again for activations and libraries.
@@ -137,6 +138,11 @@ def _machine(job: JobConfig) -> str:
             f"resources: {workers} workers need about {need / GIB:.1f} GiB of memory, and {memory / GIB:.1f} GiB are free; ask for fewer workers or use model.lora."
         )
     return f"{cpus} CPUs, {memory / GIB:.0f} GiB of memory free, about {need / GIB:.1f} GiB needed"
+
+
+def this_machine() -> dict[str, float]:
+    """Its CPU and GPU, as of a node of a cluster."""
+    return {"CPU": float(os.cpu_count() or 1), **_gpus()}
 
 
 def _gpus() -> dict[str, float]:
@@ -150,10 +156,38 @@ def _registry(job: JobConfig) -> str:
     return registry.check(job.registry.uri, Folder(job.storage))
 
 
+def _search(job: JobConfig) -> str:
+    """Every bound and choice of the space, as the trials that would have it: the job, its data and its base model."""
+    space = Space.of(job)
+    looked = {_base_key(job)}
+    for trial in space.check():
+        if _base_key(trial) not in looked:
+            looked.add(_base_key(trial))
+            _model(trial)
+    variants = space.data_variants()
+    for variant in variants[1:]:
+        _data(variant)
+    search = space.search
+    if search.replay is not None:
+        from orchestrator import population
+
+        population.plan(space, Folder(search.replay))
+    names = ", ".join(f"{'highest' if higher else 'lowest'} {name}" for name, higher in space.objectives)
+    sentence = f"{search.num_trials} trials over {', '.join(space.parameters)}, by {search.algorithm} with scheduler {search.scheduler}, for the {names}"
+    prepared = f"; data is prepared in {len(variants)} ways" if len(variants) > 1 else ""
+    return f"{sentence}{prepared}; the jobs at every bound and choice are valid"
+
+
+def _base_key(job: JobConfig) -> str:
+    """What the look at the base model depends on."""
+    return digest([job.task.to_json(), job.model.base, job.model.revision])
+
+
 _LOOKS: dict[str, Callable[[JobConfig], str]] = {
     "data": _data,
     "model": _model,
     "metrics": _metrics,
+    "search": _search,
     "machine": _machine,
     "disk": _disk,
     "registry": _registry,

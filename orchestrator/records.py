@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.schema import Schema
 from orchestrator.tasks import AnyTask
+
+if TYPE_CHECKING:
+    import pandas
 
 
 class PreparedFile(Schema):
@@ -142,6 +145,28 @@ class SearchRecord(Schema):
     """URI of report.html."""
     folder: str
     """URI of the sweep's folder."""
+
+    def frame(self) -> pandas.DataFrame:
+        """A row for each trial, by number: how it ended, the objectives at its best validation, and its setting by path."""
+        import pandas
+
+        rows = [
+            {
+                "number": trial.number,
+                "origin": trial.origin,
+                "status": trial.status,
+                **{name: (trial.best or {}).get(name) for name, _ in self.objectives},
+                "epoch": (trial.best or {}).get("epoch"),
+                "examples": trial.examples,
+                "rung": trial.rung,
+                "seconds": trial.seconds,
+                **trial.sample,
+                "error": trial.error,
+                "folder": trial.folder,
+            }
+            for trial in self.trials
+        ]
+        return pandas.DataFrame(rows).set_index("number")
 
 
 class Comparison(Schema):

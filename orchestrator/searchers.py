@@ -37,7 +37,9 @@ def searcher(space: Space, *, known: Sequence[TrialRecord] = ()) -> Proposals:
     if search.replay is not None:
         from orchestrator import population
 
-        return Proposals(space, None, [*queued[:1], ("search", population.steps(Folder(search.replay))[0][1])], known)
+        return Proposals(
+            space, None, [*queued[: search.include_default], ("search", population.plan(space, Folder(search.replay))[0][1])], known
+        )
     if search.algorithm == "grid":
         return Proposals(space, None, [*queued, *(("search", sample) for sample in space.grid())], known)
     from orchestrator import engines
@@ -70,7 +72,7 @@ def scheduler(space: Space, rows: int, *, schedule: Folder | None = None) -> Tri
         from orchestrator import population
 
         if search.replay is not None:
-            return population.Replay(population.steps(Folder(search.replay)), slack=interval / 2)
+            return population.Replay(population.plan(space, Folder(search.replay)), slack=interval / 2)
         kind = population.Bandit if name == "pb2" else population.Population
         return kind(space.parameters, schedule, perturbation_interval=_count(search.perturb_every, space, rows), **common)
     from orchestrator import schedulers

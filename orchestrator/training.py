@@ -110,7 +110,8 @@ def fit(
 
     nodes = _nodes()
     asked = workers(job, nodes)
-    tasks, task_cpus = lanes(sum(node.get("CPU", 0) for node in nodes), asked.cpus, asked.num_workers)
+    alone = goes_on is None  # else the CPUs that seem to be spare are other trials'
+    tasks, task_cpus = lanes(sum(node.get("CPU", 0) for node in nodes), asked.cpus, asked.num_workers) if alone else (1, 0)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     reports = ray.remote(Reports).options(num_cpus=0, scheduling_strategy=here).remote()
     marker = f".here-{uuid.uuid4().hex[:8]}"
@@ -283,6 +284,7 @@ def _failures(reports: Any) -> Any:
                 if (
                     isinstance(error, (InputError, StageError))
                     or _is_full(error)
+                    or _is_out_of_memory(error)
                     or (not isinstance(error, (OSError, RuntimeError)) and not _is_death(error))
                 ):
                     raise error  # a callback's error ends the run; a restart would end the same way
@@ -294,6 +296,11 @@ def _failures(reports: Any) -> Any:
 
 def _is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """As torch says it of a GPU; not that Ray or the kernel killed the process, after which there may be room."""
+    return type(error).__name__ == "OutOfMemoryError" and isinstance(error, RuntimeError) and not _is_death(error)
 
 
 def _is_death(error: BaseException) -> bool:

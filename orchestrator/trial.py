@@ -348,13 +348,15 @@ class _Trial:
         from orchestrator import checkpoints
 
         release(self.folder)
-        job = self.job.model_copy(update={"training": self.job.training.model_copy(update={"tokens_per_micro_batch": self._tokens()})})
+        job = self.job
+        if self.halvings:  # else the workers know best
+            job = job.model_copy(update={"training": job.training.model_copy(update={"tokens_per_micro_batch": self._tokens()})})
         newest, _ = checkpoints.latest(self.folder, self.sweep.identity(job))
         self._start(newest.step if newest else None, 0.0)
-        stopped = False
+        ended: SystemExit | InputError | StageError | None = None
 
         def goes_on(heard: dict[str, Any]) -> bool:
-            nonlocal stopped
+            nonlocal ended
             self.state["place"] = heard["place"]
             self._figures = lambda: {
                 "steps": heard["step"],
@@ -373,15 +375,15 @@ class _Trial:
                 self._validated(
                     heard["step"], heard["total_steps"], heard["epoch"], heard["metrics"], heard["best_step"], heard["best_value"], rate
                 )
-            except SystemExit:  # the workers end first, so that they leave nothing behind
-                stopped = True
-            return not stopped
+            except (SystemExit, InputError, StageError) as end:  # raised when the workers have ended, so that they leave nothing behind
+                ended = end
+            return ended is None
 
         found = training.fit(job, self.prepared, self.folder, _Notes(), goes_on=goes_on)
         found.pop("marks")
         self.state |= {"figures": found, "place": None}
-        if stopped:
-            raise SystemExit(0)
+        if ended is not None:
+            raise ended
 
     def _tokens(self) -> int:
         """Padded tokens of a micro-batch, after all halvings."""
@@ -389,7 +391,8 @@ class _Trial:
 
         from orchestrator import step
 
-        default = step.GPU_TOKENS if torch.cuda.is_available() else step.CPU_TOKENS
+        on_gpu = self.sweep.gpus_per_worker > 0 if self.sweep.search.workers_per_trial > 1 else torch.cuda.is_available()
+        default = step.GPU_TOKENS if on_gpu else step.CPU_TOKENS
         return max(1, (self.job.training.tokens_per_micro_batch or default) >> self.halvings)
 
     # ---- reports ---------------------------------------------------------------------------------------------
@@ -478,7 +481,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return any(words in str(error) for words in ("can't allocate memory", "DefaultCPUAllocator: not enough memory"))
+    # What the allocator for the CPU says, and a worker of the trial.
+    return any(words in str(error) for words in ("can't allocate memory", "DefaultCPUAllocator: not enough memory", "OutOfMemoryError: "))
 
 
 def _free_memory() -> None:

@@ -1,4 +1,4 @@
-"""The commands around a job file: init, validate, run, train, evaluate, submit."""
+"""The commands around a job file: init, validate, run, train, tune, evaluate."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def run(
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Run all stages: prepare, train, evaluate, register, deploy. A run that died goes on from where it was."""
+    """Run all stages: prepare, train (or sweep), evaluate, register, deploy. A run that died goes on from where it was."""
     _stages(
         job, assignments, storage, dry_run, json, verbose,
         until="deploy", keep_serving=keep_serving, promote=promote, fresh=fresh, address=address,
@@ -100,6 +100,23 @@ def train(
 ) -> None:
     """Prepare and train, and stop there."""
     _stages(job, assignments, storage, dry_run, json, verbose, until="train", fresh=fresh, address=address)
+
+
+def tune(
+    job: options.Job,
+    assignments: options.Assignments = None,
+    promote: Promote = False,
+    fresh: Fresh = False,
+    storage: options.JobStorage = None,
+    address: options.Ray = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Sweep the space of a job's `search` section; score and register the winner. A sweep that died goes on from where it was."""
+    _stages(
+        job, assignments, storage, dry_run, json, verbose, until="register", promote=promote, fresh=fresh, address=address, searches=True
+    )  # fmt: skip
 
 
 def evaluate(
@@ -135,6 +152,8 @@ def closing(job: JobConfig, result: dict[str, Any]) -> str:
         where += f" --registry {without_secrets(job.registry.uri)}"
     name = result.get("model", {}).get("name")
     lines = [f"{split:<11} {_figures(scores)}" for split, scores in result["metrics"].items()]
+    if "search" in result:
+        lines += [f"{what:<11} {said}" for what, said in _sweep(result).items()]
     if name:
         lines.append(f"{'model':<11} {name} version {result['model']['version']}")
     lines.append(f"{'files':<11} {result['run_dir']}")
@@ -158,6 +177,23 @@ def _figures(scores: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if "/" not in name)
 
 
+def _sweep(result: dict[str, Any]) -> dict[str, str]:
+    """What a sweep has found: the winner, its setting, and what it is worth beside the job as it is written."""
+    from orchestrator.records import Comparison
+    from orchestrator.sweep_view import say_value, short_names
+
+    found = result["search"]
+    best = next(trial for trial in found["trials"] if trial["id"] == found["best"])
+    names = short_names(found["sample"])
+    said = {"winner": f"trial {best['number']} of {found['trials_run']}"}
+    if found["stopped_by"]:
+        said["ended by"] = found["stopped_by"]
+    said["setting"] = ", ".join(f"{names[path]} {say_value(value)}" for path, value in found["sample"].items())
+    if "comparison" in result:
+        said["score"] = Comparison.parse(result["comparison"]).sentence()
+    return {**said, **({"report": found["report"]} if found["report"] else {})}
+
+
 def _stages(
     file: Path,
     assignments: list[str] | None,
@@ -166,16 +202,22 @@ def _stages(
     json: bool,
     verbose: bool,
     *,
-    until: Literal["train", "evaluate", "deploy"],
+    until: Literal["train", "evaluate", "register", "deploy"],
     address: str | None,
     keep_serving: bool = False,
     promote: bool = False,
     fresh: bool = False,
+    searches: bool = False,
 ) -> None:
     with console.command(verbose=verbose, json=json) as output:
         from orchestrator.config import load
 
         job = load(file, assignments, storage=storage)
+        if searches and job.search is None:
+            raise InputError(
+                f"{file}: there is no search section, so there is nothing to tune; add one, as in "
+                "search: {space: {training.learning_rate: {loguniform: [1.0e-5, 1.0e-3]}}}."
+            )
         if dry_run:
             write_resolved(job, output)
             return

@@ -88,3 +88,27 @@ def test_a_folder_that_can_not_be_written_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file in the way")
     with pytest.raises(StageError, match="can't be written"):
         save(Folder(str(tmp_path)), 10)
+
+
+def test_taking_over_another_runs_checkpoint_brings_its_best_one_and_leaves_no_own(tmp_path: Path) -> None:
+    source, target = Folder(str(tmp_path / "source")), Folder(str(tmp_path / "target"))
+    for step, best in ((10, 10), (20, 10), (30, 10)):
+        save(source, step, best)
+    save(target, 40, 40)
+    assert checkpoints.take_over(source, target, 20) == 20
+    assert (target / "checkpoints").names() == ["step-00000010", "step-00000020"]
+    checkpoints.prune(source, 1, 10)  # its own run goes on and deletes it
+    checkpoints.save(source, {"step": 20, "identity": "a job", "best": None}, {"model": {"weight": torch.zeros(6)}})
+    kept = checkpoints.at(target, 20)
+    assert kept is not None
+    assert torch.equal(kept.tensors("model")["weight"], TENSORS["model"]["weight"])
+
+
+def test_where_that_one_is_gone_or_torn_a_later_one_is_taken_over(tmp_path: Path) -> None:
+    source, target = Folder(str(tmp_path / "source")), Folder(str(tmp_path / "target"))
+    for step in (10, 30, 40):
+        save(source, step, None)
+    (tmp_path / "source/checkpoints/step-00000040/model.safetensors").write_bytes(b"")
+    assert checkpoints.take_over(source, target, 20) == 30
+    with pytest.raises(StageError, match=r"no complete checkpoint of step 50 or later in '.*source'"):
+        checkpoints.take_over(source, target, 50)
