@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 
-from orchestrator import submission
+from orchestrator import submission, upload
 from orchestrator.config import JobConfig, load
 from orchestrator.doctor import checks
 from orchestrator.errors import InputError
@@ -114,13 +114,13 @@ def token(monkeypatch: pytest.MonkeyPatch) -> None:
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a module that is sent along in the place of jobs.pipeline."""
     (tmp_path / "stand_in.py").write_text(STAND_IN)
-    staged = submission._stage_packages
+    staged = upload.stage_packages
 
-    def with_stand_in(job: JobConfig, folder: Path, upload: submission._Upload) -> None:
-        staged(job, folder, upload)
+    def with_stand_in(job: JobConfig, folder: Path, sent: upload.Upload) -> None:
+        staged(job, folder, sent)
         shutil.copyfile(tmp_path / "stand_in.py", folder / "stand_in.py")
 
-    monkeypatch.setattr(submission, "_stage_packages", with_stand_in)
+    monkeypatch.setattr(upload, "stage_packages", with_stand_in)
     return "stand_in"
 
 
