@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import os
 import socket
@@ -26,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve()
-SHAPES = [(32, 24), (32, 128), (128, 24)]
+WARM_UP = 10
+"""Steps that are not measured: the first ones of a process are slower."""
 
 
 def main() -> None:
@@ -39,7 +41,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tutorial-rows", type=int, default=96)
-    parser.add_argument("--steps", type=int, default=20, help="steps measured for each scaling figure")
+    parser.add_argument("--steps", type=int, default=40, help="steps measured for each scaling figure")
+    parser.add_argument("--repeats", type=int, default=3, help="times that each scaling figure is measured, the sides in turn")
+    parser.add_argument("--shapes", nargs="+", default=["32x24", "32x128", "128x24"], help="rows x tokens of a global batch")
     arguments = parser.parse_args()
     if arguments.side:
         print(json.dumps(SIDES[arguments.side](**json.loads(arguments.options))))
@@ -211,15 +215,22 @@ def trainer_side(
 # ---- scaling -------------------------------------------------------------------------------------------------
 def scaling(arguments: argparse.Namespace, folder: Path) -> None:
     print("\n| batch x tokens | side | 1 worker, ms a step | 2 workers, ms a step | scaling |\n|---|---|---|---|---|")
-    for batch, tokens in SHAPES:
+    for name in arguments.shapes:
+        batch, tokens = map(int, name.split("x"))
         shape = {"batch": batch, "tokens": tokens, "steps": arguments.steps}
-        ddp = [ddp_step(world, shape) for world in (1, 2)]
-        print(f"| {batch} x {tokens} | torchrun DDP | {ddp[0]:.0f} | {ddp[1]:.0f} | {ddp[0] / ddp[1]:.2f}x |", flush=True)
-        own = [own_step(folder, world, **shape) for world in (1, 2)]
-        print(f"| {batch} x {tokens} | orchestrator | {own[0]:.0f} | {own[1]:.0f} | {own[0] / own[1]:.2f}x |", flush=True)
+        sides = {"torchrun DDP": functools.partial(ddp_step, **shape), "orchestrator": functools.partial(own_step, folder=folder, **shape)}
+        found: dict[tuple[str, int], list[float]] = {}
+        for _ in range(arguments.repeats):
+            for side, step in sides.items():
+                for world in (1, 2):
+                    found.setdefault((side, world), []).append(step(world))
+                    print(f"{name} {side} {world}: {found[side, world][-1]:.0f} ms", file=sys.stderr, flush=True)
+        for side in sides:
+            one, two = (statistics.median(found[side, world]) for world in (1, 2))
+            print(f"| {batch} x {tokens} | {side} | {one:.0f} | {two:.0f} | {one / two:.2f}x |", flush=True)
 
 
-def ddp_step(world: int, shape: dict[str, int]) -> float:
+def ddp_step(world: int, **shape: int) -> float:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -244,7 +255,7 @@ def ddp_side(batch: int, tokens: int, steps: int) -> dict[str, float]:
     optimizer = torch.optim.AdamW(parallel.parameters(), lr=1e-5, fused=True)
     rows = batch // dist.get_world_size()
     seconds = []
-    for _ in range(steps + 3):
+    for _ in range(steps + WARM_UP):
         ids, labels = torch.randint(1000, 30000, (rows, tokens)), torch.randint(0, 2, (rows,))
         started = time.perf_counter()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
@@ -254,7 +265,7 @@ def ddp_side(batch: int, tokens: int, steps: int) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)
-    slowest = torch.tensor(statistics.median(seconds[3:]))
+    slowest = torch.tensor(statistics.median(seconds[WARM_UP:]))
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     dist.destroy_process_group()
     if int(os.environ["RANK"]):
@@ -262,7 +273,7 @@ def ddp_side(batch: int, tokens: int, steps: int) -> dict[str, float]:
     return {"milliseconds": 1000 * float(slowest)}
 
 
-def own_step(folder: Path, workers: int, *, batch: int, tokens: int, steps: int) -> float:
+def own_step(workers: int, *, folder: Path, batch: int, tokens: int, steps: int) -> float:
     """Median seconds of a step of `orchestrator train`, from the run's history."""
     data = folder / f"rows-{batch}x{tokens}.csv"
     if not data.exists():
@@ -287,21 +298,21 @@ def own_step(folder: Path, workers: int, *, batch: int, tokens: int, steps: int)
             "part",
         ]
         with data.open("w", newline="") as file:
-            rows = [(" ".join(rng.choices(words, k=tokens - 2)), number % 2) for number in range((steps + 4) * batch + 64)]
+            rows = [(" ".join(rng.choices(words, k=tokens - 2)), number % 2) for number in range((steps + WARM_UP + 1) * batch + 64)]
             csv.writer(file).writerows([("text", "label"), *rows])
     job = {
         "task": "text-classification",
         "model": {"base": "example://minilm"},
         "data": {"train": str(data), "split": {"validation": 0.01, "test": 0.0}},
-        "training": {"max_steps": steps + 3, "global_batch_size": batch, "save_steps": 10**6, "eval_steps": 10**6},
+        "training": {"max_steps": steps + WARM_UP, "global_batch_size": batch, "save_steps": 10**6, "eval_steps": 10**6},
         "resources": {"num_workers": workers, "threads_per_worker": 1},
-        "storage": str(folder / "runs"),
+        "storage": tempfile.mkdtemp(dir=folder),  # trained anew each time
     }
     path = folder / f"scale-{batch}x{tokens}-{workers}.json"
     path.write_text(json.dumps(job))
     history = Path(orchestrate("train", path)["train"]["history"])
     seconds = [line["seconds"] for line in map(json.loads, history.read_text().splitlines()) if "seconds" in line]
-    return 1000 * statistics.median(seconds[3:])
+    return 1000 * statistics.median(seconds[WARM_UP:])
 
 
 SIDES = {"trainer": trainer_side, "ddp": ddp_side}

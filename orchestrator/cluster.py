@@ -38,6 +38,8 @@ _SERVERS = ("gcs_server", "haproxy", "raylet")
 """The programs of Ray that could outlive a killed driver."""
 _FRESH_SECONDS = 60.0
 _OWNER = "owner.json"
+_NOWHERE = b"127.0.0.1:9"
+"""Stands in for the dashboard's address where there is none."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,6 @@ class Session:
     """Of its head, host:port."""
     cleared: tuple[str, ...] = ()
     """Sentences on what killed runs had left behind and was ended."""
-
-    def nodes(self) -> list[dict[str, float]]:
-        """CPU, GPU and memory of each live node."""
-        return list(resources().nodes)
 
 
 @contextlib.contextmanager
@@ -117,6 +115,15 @@ def resources() -> Resources:
     total = {key: sum(node[key] for node in nodes) for key in ("CPU", "GPU", "memory")}
     autoscaled: Mapping[str, float] = state.get_max_resources_from_cluster_config() or {}
     return Resources(nodes, total, {key: max(value, float(autoscaled.get(key, 0))) for key, value in total.items()})
+
+
+def has_dashboard() -> bool:
+    """Whether the connected cluster has the API server that Ray's State API asks."""
+    from ray._private import ray_constants
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    found = _internal_kv_get(ray_constants.DASHBOARD_ADDRESS.encode(), namespace=ray_constants.KV_NAMESPACE_DASHBOARD)
+    return found not in (None, b"", _NOWHERE)
 
 
 def environment(*, verbose: bool = False) -> dict[str, str]:
@@ -222,7 +229,7 @@ def _lean_head() -> Iterator[None]:
         node._webui_url = ""
         # The node's agent asks for this address every second, and logs an error, until it is there.
         key, namespace = ray_constants.DASHBOARD_ADDRESS.encode(), ray_constants.KV_NAMESPACE_DASHBOARD
-        node.get_gcs_client().internal_kv_put(key, b"127.0.0.1:9", True, namespace)
+        node.get_gcs_client().internal_kv_put(key, _NOWHERE, True, namespace)
 
     lean = {
         (Node, "start_api_server"): without_api_server,

@@ -103,7 +103,6 @@ def fit(
     import ray
     import ray.exceptions
     import ray.train
-    from ray.train.torch import TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from orchestrator.data.stream import lanes
@@ -123,7 +122,7 @@ def fit(
     )  # fmt: skip
     follower = Follower(display)
     name = f"train-{uuid.uuid4().hex[:8]}"
-    trainer = TorchTrainer(
+    trainer = _lean_trainer()(
         _worker_function(work),
         scaling_config=ray.train.ScalingConfig(
             num_workers=asked.num_workers,
@@ -249,6 +248,23 @@ class Follower:
         rows, seconds = (sum(values) for values in zip(*self._recent, strict=True))
         rate = f"{rows / max(seconds, 1e-9):.0f} examples/s"
         self._display.step(report["step"], report["total_steps"], loss=report["loss"], lr=report["learning_rate"], rate=rate)
+
+
+def _lean_trainer() -> Any:
+    """Ray's `TorchTrainer` without two processes that do nothing here, and whose imports hold up the workers' on a small machine.
+
+    One hands out data sets given to the trainer, of which there are none. The other clears up after a killed driver by asking
+    the dashboard; without one it can't, and an embedded cluster ends with its driver.
+    """
+    from ray.train.torch import TorchTrainer
+
+    needless = {"DatasetsCallback"} | (set() if cluster.has_dashboard() else {"PlacementGroupCleanerCallback"})
+
+    class LeanTrainer(TorchTrainer):
+        def _create_default_callbacks(self) -> Any:
+            return [callback for callback in super()._create_default_callbacks() if type(callback).__name__ not in needless]
+
+    return LeanTrainer
 
 
 class _Fit(threading.Thread):

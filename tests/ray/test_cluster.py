@@ -41,7 +41,7 @@ with cluster.session(log_dir=Path("logs"), num_cpus=2) as session:
     found = cluster.resources()
     told = {
         "address": session.address, "embedded": session.embedded, "token": os.environ["RAY_AUTH_TOKEN"],
-        "seen": ray.get(seen.remote(), timeout=60), "nodes": session.nodes(), "total": found.total, "maximum": found.maximum,
+        "seen": ray.get(seen.remote(), timeout=60), "nodes": list(found.nodes), "total": found.total, "maximum": found.maximum,
     }
     Path("told.json.new").write_text(json.dumps(told))
     os.rename("told.json.new", "told.json")
@@ -59,7 +59,7 @@ from orchestrator.errors import InputError
 
 try:
     with cluster.session(*sys.argv[1:], log_dir=Path("joined-logs")) as session:
-        told = {"address": session.address, "embedded": session.embedded, "nodes": session.nodes()}
+        told = {"address": session.address, "embedded": session.embedded, "nodes": list(cluster.resources().nodes)}
 except InputError as error:
     told = {"refused": str(error)}
 print(json.dumps(told))

@@ -359,6 +359,18 @@ def test_a_deployment_that_the_cluster_has_no_room_for_says_so(endpoint: Endpoin
     wait_for(lambda: "huge" not in app.status(), 30)
 
 
+class Interrupting(Silent):
+    """Asks this process to stop once the endpoint says that it serves."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, sentence: str) -> None:
+        self.said.append(sentence)
+        if sentence.startswith("Serving"):
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+
 def test_keys_are_asked_for_and_another_model_answers_beside_the_first(
     endpoint: Endpoint, bundle: str, predictor: Predictor, section: ServingSection, tmp_path: Path
 ) -> None:
@@ -378,9 +390,11 @@ def test_keys_are_asked_for_and_another_model_answers_beside_the_first(
         assert httpx.post(endpoint.url, json={"inputs": "good"}).status_code == 200
         assert KEY not in str(app.details())
         assert auth.hashed(KEY) != KEY
+        app.hold(beside, Interrupting())  # takes its own endpoint down and no other
+        assert set(app.status()) == {"reviews"}
     finally:
         app.delete("locked")
-    assert set(app.status()) == {"reviews"}
+    assert httpx.post(endpoint.url, json={"inputs": "good"}).status_code == 200
 
 
 def test_autoscaling_is_as_the_job_says(endpoint: Endpoint, bundle: str, section: ServingSection) -> None:
@@ -424,18 +438,10 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def test_holding_ends_with_sigterm_and_takes_the_endpoint_down(endpoint: Endpoint) -> None:
-    said: list[str] = []
-
-    class Listening(Silent):
-        def say(self, sentence: str) -> None:
-            said.append(sentence)
-            if sentence.startswith("Serving"):
-                threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-
-    handler = signal.getsignal(signal.SIGTERM)
-    app.hold(endpoint, Listening())
+    handler, display = signal.getsignal(signal.SIGTERM), Interrupting()
+    app.hold(endpoint, display)
     assert signal.getsignal(signal.SIGTERM) is handler
-    assert said[0] == f"Serving reviews at {endpoint.url} until Ctrl-C."
+    assert display.said[0] == f"Serving reviews at {endpoint.url} until Ctrl-C."
     assert app.status() == {}
     with pytest.raises(httpx.TransportError):
         httpx.get(endpoint.url)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -18,11 +19,12 @@ import httpx
 import psutil
 import pytest
 
-from orchestrator import submission
+from orchestrator import submission, upload
 from orchestrator.config import JobConfig, load
 from orchestrator.doctor import checks
 from orchestrator.errors import InputError
 from orchestrator.progress import Silent
+from tests.ray.conftest import review
 
 TOKEN = "a-token-of-this-test-" + "x" * 20
 
@@ -114,13 +116,13 @@ def token(monkeypatch: pytest.MonkeyPatch) -> None:
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a module that is sent along in the place of jobs.pipeline."""
     (tmp_path / "stand_in.py").write_text(STAND_IN)
-    staged = submission._stage_packages
+    staged = upload.stage_packages
 
-    def with_stand_in(job: JobConfig, folder: Path, upload: submission._Upload) -> None:
-        staged(job, folder, upload)
+    def with_stand_in(job: JobConfig, folder: Path, sent: upload.Upload) -> None:
+        staged(job, folder, sent)
         shutil.copyfile(tmp_path / "stand_in.py", folder / "stand_in.py")
 
-    monkeypatch.setattr(submission, "_stage_packages", with_stand_in)
+    monkeypatch.setattr(upload, "stage_packages", with_stand_in)
     return "stand_in"
 
 
@@ -173,6 +175,25 @@ def test_a_job_runs_once_with_what_it_needs(head, stand_in, tmp_path):
     assert {first.id, asked_otherwise.id} <= {item["id"] for item in listed}
     assert next(item for item in listed if item["id"] == first.id)["run"] == job.run_id
     wait(asked_otherwise.id, head.dashboard)
+
+
+def test_the_whole_job_runs_on_a_cluster_and_its_endpoint_stays(head, tiny_model, tmp_path):
+    rng = random.Random(0)
+    rows = [review(number, rng) for number in range(160)]
+    (tmp_path / "reviews.csv").write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows))
+    (tmp_path / "whole.yaml").write_text(
+        f"task: text-classification\nmodel: {{base: {tiny_model}}}\ndata: {{train: reviews.csv}}\n"
+        "training: {max_steps: 6, learning_rate: 1.0e-2}\nresources: {num_workers: 1}\n"
+        f"serving: {{port: {free_port()}, replay_rows: 4, cpus_per_replica: 0.5}}\n"
+    )
+    job = load(tmp_path / "whole.yaml", storage=str(tmp_path / "runs"))
+    sent = submission.submit(job, head.dashboard)
+    assert wait(sent.id, head.dashboard) == "SUCCEEDED", "".join(submission.logs(sent.id, head.dashboard))
+    result = json.loads([line for line in submission.logs(sent.id, head.dashboard) if line.strip()][-1])
+    assert (result["status"], result["run"], result["model"]) == ("done", job.run_id, {"name": "whole", "version": 1})
+    assert result["endpoint"]["replayed"] == 4
+    answer = httpx.post(result["endpoint"]["url"], json={"inputs": "great camera"}, timeout=30)
+    assert {entry["label"] for entry in answer.json()[0]} == {"good", "bad"}
 
 
 def test_a_failed_job_is_tried_again_under_the_same_run(head, stand_in, tmp_path):

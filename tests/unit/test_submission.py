@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from orchestrator import submission
+from orchestrator import submission, upload
 from orchestrator.catalog import local_path
 from orchestrator.config import JobConfig
 from orchestrator.errors import InputError
 from orchestrator.progress import Silent
+from orchestrator.upload import Upload
 
 
 class Listening(Silent):
@@ -29,10 +30,10 @@ def job(train: str | list[str], **more: Any) -> JobConfig:
     return JobConfig.parse({**value, **more})
 
 
-def stage(asked: JobConfig, folder: Path, *, here: bool = False) -> tuple[JobConfig, submission._Upload, list[str]]:
-    display, upload = Listening(), submission._Upload()
-    staged = submission._stage(asked, folder, here=here, upload=upload, display=display)
-    return staged, upload, display.warned
+def stage(asked: JobConfig, folder: Path, *, here: bool = False) -> tuple[JobConfig, Upload, list[str]]:
+    display, along = Listening(), Upload()
+    staged = upload.stage(asked, folder, here=here, sent=along, display=display)
+    return staged, along, display.warned
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_a_model_folder_goes_along_and_uris_stay(tmp_path, sent):
 
 
 def test_too_much_is_refused_with_sizes_before_anything_is_copied(tmp_path, sent, monkeypatch):
-    monkeypatch.setattr(submission, "UPLOAD_BYTES", 100_000)
+    monkeypatch.setattr(upload, "UPLOAD_BYTES", 100_000)
     (tmp_path / "reviews.csv").write_bytes(b"x" * 300_000)
     with pytest.raises(InputError, match=r"0\.3 MB of files.*data\.train .*reviews\.csv \(0\.3 MB\); up to 0\.1 MB.*s3://"):
         stage(job(str(tmp_path / "reviews.csv")), sent)
@@ -121,13 +122,13 @@ def test_storage_on_a_cluster_is_shared(sent):
 
 
 def test_the_three_packages_go_along_without_rubbish(sent):
-    upload = submission._Upload()
-    submission._stage_packages(job("a.csv"), sent, upload)
+    along = Upload()
+    upload.stage_packages(job("a.csv"), sent, along)
     assert {path.name for path in sent.iterdir()} == {"orchestrator", "jobs", "serving"}
     assert (sent / "jobs/pipeline.py").is_file() and (sent / "jobs/recipes").is_dir() and (sent / "serving/app.py").is_file()
     files = [path for path in sent.rglob("*") if path.is_file()]
     assert not [path for path in files if path.suffix == ".pyc" or path.name.startswith(".")]
-    assert upload.files == len(files) and upload.size == sum(path.stat().st_size for path in files) < 5 * submission.MB
+    assert along.files == len(files) and along.size == sum(path.stat().st_size for path in files) < 5 * upload.MB
 
 
 def test_a_task_of_the_users_own_goes_along(tmp_path, sent, monkeypatch):
@@ -137,9 +138,9 @@ def test_a_task_of_the_users_own_goes_along(tmp_path, sent, monkeypatch):
         "from orchestrator.tasks.base import Task\nclass Mine(Task):\n    def metrics(self): return ('accuracy',)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    submission._stage_packages(job("a.csv", task="my_pkg.mine:Mine"), sent, submission._Upload())
+    upload.stage_packages(job("a.csv", task="my_pkg.mine:Mine"), sent, Upload())
     assert (sent / "my_pkg/mine.py").is_file()
-    assert submission._own_package("yaml") == submission._own_package("json") == {}  # installed: the cluster has them too
+    assert upload._own_package("yaml") == upload._own_package("json") == {}  # installed: the cluster has them too
 
 
 def details(identifier: str, status: str, attempt: int, asked: str = "q", run: str = "reviews-1") -> Any:
