@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from orchestrator import bundle as bundles
-from orchestrator import evaluation, training, tuning, winner
+from orchestrator import evaluation, training, tuning
 from orchestrator.config import JobConfig, digest
 from orchestrator.data.prepare import prepare
 from orchestrator.errors import InputError
@@ -21,6 +21,7 @@ from orchestrator.progress import Display
 from orchestrator.records import Comparison, DeployRecord, EvaluateRecord, PreparedData, RegisterRecord, SearchRecord, TrainRecord
 from orchestrator.registry import Registry
 from orchestrator.schema import Schema
+from orchestrator.search import winner
 from orchestrator.storage import Folder
 
 Until = Literal["train", "evaluate", "register", "deploy"]

@@ -11,7 +11,7 @@ from orchestrator.config import JobConfig, digest
 from orchestrator.data import sources
 from orchestrator.doctor import Check
 from orchestrator.errors import InputError, did_you_mean
-from orchestrator.space import Space
+from orchestrator.search.space import Space
 from orchestrator.storage import Folder
 
 GIB = 2**30
@@ -169,7 +169,7 @@ def _search(job: JobConfig) -> str:
         _data(variant)
     search = space.search
     if search.replay is not None:
-        from orchestrator import population
+        from orchestrator.search import population
 
         population.plan(space, Folder(search.replay))
     names = ", ".join(f"{'highest' if higher else 'lowest'} {name}" for name, higher in space.objectives)

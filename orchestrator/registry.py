@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import bundle as bundles
-from orchestrator import trial_runs
 from orchestrator.config import JobConfig, digest
 from orchestrator.errors import InputError, StageError, did_you_mean, nearest
 from orchestrator.records import RegisterRecord, SearchRecord
+from orchestrator.search import runs
+from orchestrator.search.runs import text
 from orchestrator.storage import Folder
 from orchestrator.tasks.base import Task
-from orchestrator.trial_runs import text
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -155,7 +155,7 @@ class Registry:
                     "job_digest": digest(job.to_json()),
                     "job_run": run_id or job.run_id,
                     "run_dir": str(run_dir),
-                    **(trial_runs.lineage(searched) if searched is not None else {}),
+                    **(runs.lineage(searched) if searched is not None else {}),
                     "base_model": job.model.base,
                     "host": socket.gethostname(),
                     **({"parent": f"{name}/{champion.version}"} if champion else {}),
@@ -395,7 +395,7 @@ class Registry:
                 (Path(scratch) / "report.html").write_bytes(Folder(searched.report).read_bytes())
             client.log_artifacts(run_id, scratch)
         if searched is not None:
-            trial_runs.log(client, experiment_id, run_id, searched, now)
+            runs.log(client, experiment_id, run_id, searched, now)
         client.set_terminated(run_id)
         return run_id
 
@@ -426,7 +426,7 @@ def parameters(job: JobConfig) -> dict[str, str]:
             for key, item in value.items():
                 yield from walk(item, f"{path}.{key}" if path else str(key))
         else:
-            yield trial_runs.key(path), text(value)
+            yield runs.key(path), text(value)
 
     return dict(walk(bundles.without_secrets(job.to_json()), ""))
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from orchestrator import cluster, ledger, places, preflight, searchers, sweep_disk, trial, winner
+from orchestrator import cluster, preflight
 from orchestrator.config import JobConfig
 from orchestrator.data.prepare import prepare
-from orchestrator.driver import ENDED, SCHEDULE, Driver
 from orchestrator.errors import StageError
-from orchestrator.ledger import Ledger
 from orchestrator.progress import Display
 from orchestrator.records import PreparedData, SearchRecord, TrainRecord, TrialRecord
-from orchestrator.space import Space, data_key
+from orchestrator.search import disk, ledger, places, searchers, trial, winner
+from orchestrator.search.driver import ENDED, SCHEDULE, Driver
+from orchestrator.search.ledger import Ledger
+from orchestrator.search.space import Space, data_key
+from orchestrator.search.sweep import Sweep
+from orchestrator.search.view import SweepView
 from orchestrator.storage import Folder
-from orchestrator.sweep import Sweep
-from orchestrator.sweep_view import SweepView
 
 BUNDLE_TIMEOUT_S = 1800.0
 TRAINED = "train.json"
@@ -40,7 +41,7 @@ def tune(job: JobConfig, prepared: PreparedData, folder: Folder, display: Displa
             data[data_key(variant)] = prepare(variant, Folder(job.storage), display)
     nodes = cluster.resources().nodes
     where = places.places(job, nodes, weights=preflight.weight_bytes(job), gpu_memory=_gpu_memory(job, nodes))
-    sweep_disk.require_room(_trained_bytes(job), where.at_once, search.num_trials, search.max_disk, folder)
+    disk.require_room(_trained_bytes(job), where.at_once, search.num_trials, search.max_disk, folder)
     rows = prepared.splits["train"].rows
     sweep = Sweep(
         job=job, space=space, folder=folder, prepared=data, report_every=space.report_every(rows), threads=where.threads,
@@ -73,7 +74,7 @@ def look(job: JobConfig, nodes: Sequence[Mapping[str, float]]) -> str:
     search = job.search
     assert search is not None
     where = places.places(job, nodes, weights=preflight.weight_bytes(job))
-    need = sweep_disk.require_room(_trained_bytes(job), where.at_once, search.num_trials, search.max_disk, Folder(job.storage))
+    need = disk.require_room(_trained_bytes(job), where.at_once, search.num_trials, search.max_disk, Folder(job.storage))
     return f"{where.sentence}; checkpoints take up to about {need / 1e9:.2g} GB"
 
 
@@ -109,7 +110,7 @@ def _gpu_memory(job: JobConfig, nodes: Sequence[Mapping[str, float]]) -> int:
 def _finish(sweep: Sweep, driver: Driver, display: Display) -> SearchRecord:
     """The record, with the bundle of the best trial and of the job as it is written."""
     records, objectives = driver.ledger.records, sweep.space.objectives
-    order = sweep_disk.ranked(records, objectives)
+    order = disk.ranked(records, objectives)
     if not order:
         cause = ledger.most_common_cause(records)
         raise StageError(f"None of the {len(records)} trials has a score to compare by." + (f" Most failed so: {cause}" if cause else ""))
@@ -117,7 +118,7 @@ def _finish(sweep: Sweep, driver: Driver, display: Display) -> SearchRecord:
     default = next((one for one in order if one.origin == "default"), None)
     best, train = _first_bundle(sweep, order, display)
     if (sweep.folder / SCHEDULE).exists():
-        from orchestrator import population
+        from orchestrator.search import population
 
         population.conclude(sweep.folder / SCHEDULE, best.id)
     compared = None
@@ -131,7 +132,7 @@ def _finish(sweep: Sweep, driver: Driver, display: Display) -> SearchRecord:
         objectives=objectives,
         trials=tuple(records),
         best=best.id,
-        pareto=tuple(one.id for one in sweep_disk.front(records, objectives)) if len(objectives) > 1 else (),
+        pareto=tuple(one.id for one in disk.front(records, objectives)) if len(objectives) > 1 else (),
         sample=best.sample,
         train=train,
         default=train if default is not None and default.id == best.id else compared,
@@ -149,13 +150,13 @@ def _finish(sweep: Sweep, driver: Driver, display: Display) -> SearchRecord:
 def _first_bundle(sweep: Sweep, order: Sequence[TrialRecord], display: Display) -> tuple[TrialRecord, TrainRecord]:
     """The best trial whose checkpoint is whole, and its bundle."""
     fault = ""
-    for one in order[: sweep_disk.KEPT]:
+    for one in order[: disk.KEPT]:
         found = _bundle(sweep, one)
         if not isinstance(found, str):
             return one, found
         fault = found
         display.warn(f"trial {one.number} can't be the winner: {found}")
-    raise StageError(f"The best {min(len(order), sweep_disk.KEPT)} trials have no checkpoint any more, so there is no winner: {fault}")
+    raise StageError(f"The best {min(len(order), disk.KEPT)} trials have no checkpoint any more, so there is no winner: {fault}")
 
 
 def _bundle(sweep: Sweep, one: TrialRecord) -> TrainRecord | str:

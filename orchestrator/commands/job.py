@@ -180,7 +180,7 @@ def _figures(scores: dict[str, float]) -> str:
 def _sweep(result: dict[str, Any]) -> dict[str, str]:
     """What a sweep has found: the winner, its setting, and what it is worth beside the job as it is written."""
     from orchestrator.records import Comparison
-    from orchestrator.sweep_view import say_value, short_names
+    from orchestrator.search.view import say_value, short_names
 
     found = result["search"]
     best = next(trial for trial in found["trials"] if trial["id"] == found["best"])

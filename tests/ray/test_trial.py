@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from orchestrator import bundle, trial
+from orchestrator import bundle
 from orchestrator.config import JobConfig
-from orchestrator.space import Space, data_key
+from orchestrator.search import trial
+from orchestrator.search.space import Space, data_key
+from orchestrator.search.sweep import Sweep
 from orchestrator.storage import Folder
-from orchestrator.sweep import Sweep
 
 RATE = "training.learning_rate"
 STEPS, EPOCHS = 7, 2

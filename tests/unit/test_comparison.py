@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.comparison import compare
+from orchestrator.search.comparison import compare
 from orchestrator.tasks import create
 
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from orchestrator import ledger
 from orchestrator.config import SearchSection
-from orchestrator.ledger import Ledger
 from orchestrator.progress import Silent
 from orchestrator.records import TrialRecord
+from orchestrator.search import ledger
+from orchestrator.search.ledger import Ledger
+from orchestrator.search.view import SweepView
 from orchestrator.storage import Folder
-from orchestrator.sweep_view import SweepView
 
 LR = "training.learning_rate"
 

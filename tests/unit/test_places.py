@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.config import JobConfig
 from orchestrator.errors import InputError
-from orchestrator.places import GIB, places
+from orchestrator.search.places import GIB, places
 
 
 def job(**search: Any) -> JobConfig:

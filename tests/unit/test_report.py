@@ -8,10 +8,10 @@ from typing import Any
 import plotly.graph_objects
 import pytest
 
-from orchestrator import sweep_figures as figures
-from orchestrator.importance import importance
 from orchestrator.records import Comparison, SearchRecord, TrialRecord
-from orchestrator.report import sweep_html
+from orchestrator.search import figures
+from orchestrator.search.importance import importance
+from orchestrator.search.report import sweep_html
 from tests.unit.sweeps import ALPHA, BATCH, LORA, LR, SMOOTHING, SPACE, schedule, sweep
 
 COMPARISON = Comparison(

@@ -7,12 +7,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from orchestrator import models, processors, warm
+from orchestrator import models, processors
 from orchestrator.config import ModelSection
 from orchestrator.data import resident, stream
 from orchestrator.data.resident import Resident, ResidentRows, ResidentStream
 from orchestrator.data.stream import Encoding, Part, RankStream, SplitRows
 from orchestrator.loop import Share
+from orchestrator.search import warm
 from tests.fixtures.tiny import text_base
 from tests.ray.conftest import WORDS, write_reviews
 

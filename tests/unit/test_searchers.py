@@ -13,12 +13,12 @@ import pytest
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from orchestrator import population, searchers
 from orchestrator.errors import InputError
-from orchestrator.population import steps
-from orchestrator.proposals import Proposals, worth
 from orchestrator.records import TrialRecord
-from orchestrator.space import Space
+from orchestrator.search import population, searchers
+from orchestrator.search.population import steps
+from orchestrator.search.proposals import Proposals, worth
+from orchestrator.search.space import Space
 from orchestrator.storage import Folder
 from tests.unit.test_space import BATCH, CONDITIONAL, LORA, LR, PBT, RATE, SCHEDULE, WARM, space
 

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.config import JobConfig
 from orchestrator.errors import InputError
-from orchestrator.space import Space, data_key
+from orchestrator.search.space import Space, data_key
 
 LR = "training.learning_rate"
 BATCH = "training.global_batch_size"
@@ -338,7 +338,7 @@ def test_variants_of_the_data_are_few_and_distinct():
     ]  # fmt: skip
     assert data_key(made.apply({**dict.fromkeys([LR], 1e-4), "task.max_length": 64})) == data_key(variants[1])
     assert len(space(RATE).data_variants()) == 1
-    with pytest.raises(InputError, match="make 5 different preparations of the data.*more than the 4 trials"):
+    with pytest.raises(InputError, match=r"make 5 different preparations of the data.*more than the 4 trials"):
         space({"task.max_length": {"choice": [64, 128]}, "task.class_weights": {"choice": ["none", "balanced"]}}, num_trials=4).check()
 
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator import bundle, checkpoints, loop, models, step, trial, warm
+from orchestrator import bundle, checkpoints, loop, models, step
 from orchestrator.config import JobConfig
 from orchestrator.errors import Diverged, InputError, StageError
 from orchestrator.predictor import Predictor
-from orchestrator.space import Space, data_key
+from orchestrator.search import trial, warm
+from orchestrator.search.space import Space, data_key
+from orchestrator.search.sweep import Sweep
 from orchestrator.storage import Folder
-from orchestrator.sweep import Sweep
 from tests.fixtures.tiny import text_base
 from tests.ray.conftest import WORDS, write_reviews
 

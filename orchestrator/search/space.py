@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator import distributions, paths, search_rules
 from orchestrator.config import JobConfig, Parameter, SearchSection, digest
 from orchestrator.errors import InputError, did_you_mean
+from orchestrator.search import distributions, paths, rules
 
 Sample = dict[str, Any]
 REPORTS = 9
@@ -58,14 +58,14 @@ class Space:
         """The space of a job with a `search` section. Raises `InputError` for what would fail or mean nothing later."""
         if job.search is None:
             raise InputError("search: this job has no search section, so there is nothing to sweep; add search: {space: {…}}.")
-        search_rules.check_paths(job)
-        space = cls(job, {}, search_rules.objectives(job), {})
-        for path, parameter in search_rules.ordered(job.search.space).items():
+        rules.check_paths(job)
+        space = cls(job, {}, rules.objectives(job), {})
+        for path, parameter in rules.ordered(job.search.space).items():
             space = space._with(path, parameter)
         if not space.parameters:
             raise InputError("search.space: the conditions (`when`) of all paths are such that no trial could have them.")
-        search_rules.check_scheduler(job)
-        search_rules.check_algorithm(job, space.grid_size, space.parameters)
+        rules.check_scheduler(job)
+        rules.check_algorithm(job, space.grid_size, space.parameters)
         space._check_start()
         return space
 
@@ -78,7 +78,7 @@ class Space:
     @property
     def mutable(self) -> tuple[str, ...]:
         """The paths that pbt and pb2 change in a running trial; none with another scheduler."""
-        return tuple(self.parameters) if self.search.scheduler in search_rules.MUTATING else ()
+        return tuple(self.parameters) if self.search.scheduler in rules.MUTATING else ()
 
     # ---- samples ---------------------------------------------------------------------------------------------
     def key(self, sample: Sample) -> str:
@@ -159,7 +159,7 @@ class Space:
     def data_variants(self) -> list[JobConfig]:
         """The jobs that differ in what prepare is asked for, the job as written first: each is prepared before the sweep."""
         samples: list[Sample] = [{}]
-        for path in filter(search_rules.decides_data, self.parameters):
+        for path in filter(rules.decides_data, self.parameters):
             given: list[Sample] = [{path: value} for value in distributions.values(self.parameters[path])]
             absent: list[Sample] = [{}] if self.parameters[path].when else []
             samples = [{**sample, **more} for sample in samples for more in (*absent, *given)]
@@ -183,7 +183,7 @@ class Space:
             probes.append(sample)
         probes += self.grid() if self.search.algorithm == "grid" else []
         jobs = [self.apply(sample) for sample in _distinct(probes)]
-        search_rules.check_comparable(self.objectives, jobs)
+        rules.check_comparable(self.objectives, jobs)
         self._check_variants()
         return jobs
 

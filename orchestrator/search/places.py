@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from orchestrator.config import JobConfig
 from orchestrator.errors import InputError
-from orchestrator.search_rules import MUTATING
+from orchestrator.search.rules import MUTATING
 from orchestrator.training import workers
 
 GIB = 2**30

@@ -12,8 +12,8 @@ from typing import Any
 
 from orchestrator.progress import figure
 from orchestrator.records import SearchRecord, TrialRecord
-from orchestrator.sweep_axes import axes, cut
-from orchestrator.sweep_view import number, say_value, short_names
+from orchestrator.search.axes import axes, cut
+from orchestrator.search.view import number, say_value, short_names
 
 Figure = dict[str, Any]
 STATES = {"stopped": "css:muted", "failed": "css:bad", "running": "css:text", "done": "css:accent"}

@@ -22,11 +22,11 @@ from ray.tune.schedulers import FIFOScheduler, PopulationBasedTraining, TrialSch
 from ray.tune.schedulers.pb2 import PB2
 from ray.tune.schedulers.pbt import _PBTTrialState
 
-from orchestrator import distributions
 from orchestrator.config import Parameter
 from orchestrator.errors import InputError
-from orchestrator.schedulers import CLOCK, Clocked, is_default, proposals
-from orchestrator.space import Space, member
+from orchestrator.search import distributions
+from orchestrator.search.schedulers import CLOCK, Clocked, is_default, proposals
+from orchestrator.search.space import Space, member
 from orchestrator.storage import Folder
 
 

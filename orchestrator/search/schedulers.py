@@ -20,7 +20,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, HyperBandForBOHB, MedianStoppingRule, TrialScheduler
 
 if TYPE_CHECKING:
-    from orchestrator.proposals import Proposals
+    from orchestrator.search.proposals import Proposals
 
 CLOCK = "validations"
 """The key that results are given for the schedulers."""

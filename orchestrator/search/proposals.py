@@ -19,10 +19,10 @@ import ray.cloudpickle
 from ray.tune.search import Searcher
 
 from orchestrator.records import TrialRecord
-from orchestrator.space import ENUMERABLE, Sample, Space
+from orchestrator.search.space import ENUMERABLE, Sample, Space
 
 if TYPE_CHECKING:
-    from orchestrator.engines import Engine
+    from orchestrator.search.engines import Engine
 
 TRIES = 20
 """Suggestions in a row that were there before, after which what is left of the space is listed."""

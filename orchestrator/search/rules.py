@@ -6,9 +6,9 @@ import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 
-from orchestrator import paths
 from orchestrator.config import JobConfig, Parameter
 from orchestrator.errors import InputError, did_you_mean
+from orchestrator.search import paths
 
 MUTATING = ("pbt", "pb2")
 PAUSING = ("hyperband", "pbt", "pb2")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator import bundle as bundles
-from orchestrator import comparison, evaluation, training
+from orchestrator import evaluation, training
 from orchestrator.config import JobConfig, digest
 from orchestrator.errors import StageError
 from orchestrator.progress import Display
 from orchestrator.records import Comparison, EvaluateRecord, PreparedData, PreparedSplit, SearchRecord, TrainRecord, TrialRecord
-from orchestrator.space import Space
+from orchestrator.search import comparison
+from orchestrator.search.space import Space
 from orchestrator.storage import Folder
 
 REPORT = "report.html"
@@ -36,7 +37,7 @@ def summary(searched: SearchRecord) -> dict[str, Any]:
 
 def write_report(searched: SearchRecord, compared: Comparison | None = None) -> str:
     """Writes report.html into the sweep's folder; returns its URI."""
-    from orchestrator import report
+    from orchestrator.search import report
 
     place = Folder(searched.folder) / REPORT
     place.write_bytes(report.sweep_html(searched, compared).encode())

@@ -16,9 +16,9 @@ from typing import Any
 from orchestrator.config import SearchSection
 from orchestrator.progress import Clock
 from orchestrator.records import TrialRecord
+from orchestrator.search.disk import Objectives, value
+from orchestrator.search.view import SweepView
 from orchestrator.storage import Folder
-from orchestrator.sweep_disk import Objectives, value
-from orchestrator.sweep_view import SweepView
 
 RECORD, CLOCK = "record.json", "clock.json"
 CLOCK_EVERY_S = 5.0

@@ -8,8 +8,8 @@ import pytest
 
 from orchestrator.errors import InputError
 from orchestrator.records import TrialRecord
+from orchestrator.search.disk import Disk, can_win, front, ranked, require_room, size
 from orchestrator.storage import Folder
-from orchestrator.sweep_disk import Disk, can_win, front, ranked, require_room, size
 
 F1 = (("f1", True),)
 

@@ -22,14 +22,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator import training, warm, worker
+from orchestrator import training, worker
 from orchestrator.config import digest
 from orchestrator.errors import Diverged, InputError, StageError
 from orchestrator.progress import Silent
 from orchestrator.records import TrainRecord
-from orchestrator.space import data_key as variant
+from orchestrator.search import warm
+from orchestrator.search.space import data_key as variant
+from orchestrator.search.sweep import Sweep, killed, note_out_of_memory, read_state, release
 from orchestrator.storage import Folder
-from orchestrator.sweep import Sweep, killed, note_out_of_memory, read_state, release
 
 __all__ = ["Orderly", "Report", "Sweep", "note_out_of_memory", "read_state", "release", "run", "trainable", "variant", "write_bundle"]
 

@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator.progress import Plain, Silent
 from orchestrator.records import TrialRecord
-from orchestrator.sweep_view import ROWS, SweepView, say_value, short_names
+from orchestrator.search.view import ROWS, SweepView, say_value, short_names
 from orchestrator.terminal import Terminal
 
 LR, LORA = "training.learning_rate", "model.lora"

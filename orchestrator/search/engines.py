@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from orchestrator import distributions, search_rules
 from orchestrator.config import Parameter
-from orchestrator.space import Sample, Space
+from orchestrator.search import distributions, rules
+from orchestrator.search.space import Sample, Space
 
 
 class Engine(Protocol):
@@ -71,7 +71,7 @@ def _sampler(space: Space) -> Any:
     import optuna
 
     search = space.search
-    if search.algorithm == "random" or search.scheduler in search_rules.MUTATING:
+    if search.algorithm == "random" or search.scheduler in rules.MUTATING:
         # A population's settings change while it runs, so what its members reach says little about those that they began with.
         return optuna.samplers.RandomSampler(seed=search.seed)
     if search.algorithm == "cmaes":

@@ -1,12 +1,12 @@
 """A sweep as its trials know it: the jobs that they train, and the folders in which they keep how they stand.
 
-    job.json        the job that a trial trains
-    trial.json      what it is and how it stands: sample, status, process, seconds, figures of the training
-    checkpoints/    the loop's own
-    history.jsonl   a line for each optimizer step
-    reports.jsonl   a line for each report to Ray Tune
-    oom.json        how often its process was killed for want of memory; the driver says so
-    failure.log     the whole story of its last failure
+job.json        the job that a trial trains
+trial.json      what it is and how it stands: sample, status, process, seconds, figures of the training
+checkpoints/    the loop's own
+history.jsonl   a line for each optimizer step
+reports.jsonl   a line for each report to Ray Tune
+oom.json        how often its process was killed for want of memory; the driver says so
+failure.log     the whole story of its last failure
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from orchestrator import worker
 from orchestrator.config import JobConfig, SearchSection
 from orchestrator.errors import InputError
 from orchestrator.records import PreparedData
-from orchestrator.space import Space, data_key, member
+from orchestrator.search.space import Space, data_key, member
 from orchestrator.storage import Folder
 
 POPULATION = ("pbt", "pb2")

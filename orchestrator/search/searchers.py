@@ -9,16 +9,16 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import search_rules
 from orchestrator.errors import InputError
 from orchestrator.records import TrialRecord
-from orchestrator.space import Sample, Space
+from orchestrator.search import rules
+from orchestrator.search.space import Sample, Space
 from orchestrator.storage import Folder
 
 if TYPE_CHECKING:
     from ray.tune.schedulers import TrialScheduler
 
-    from orchestrator.proposals import Proposals
+    from orchestrator.search.proposals import Proposals
 
 
 def searcher(space: Space, *, known: Sequence[TrialRecord] = ()) -> Proposals:
@@ -27,7 +27,7 @@ def searcher(space: Space, *, known: Sequence[TrialRecord] = ()) -> Proposals:
     The sweep's `num_samples` is `search.num_trials` less the known trials that have ended; it ends sooner where a finite
     space is exhausted. Raises `InputError`.
     """
-    from orchestrator.proposals import Proposals
+    from orchestrator.search.proposals import Proposals
 
     search = space.search
     points = space.points()
@@ -35,14 +35,14 @@ def searcher(space: Space, *, known: Sequence[TrialRecord] = ()) -> Proposals:
     if search.include_default:
         queued[0] = ("default", points[0])
     if search.replay is not None:
-        from orchestrator import population
+        from orchestrator.search import population
 
         return Proposals(
             space, None, [*queued[: search.include_default], ("search", population.plan(space, Folder(search.replay))[0][1])], known
         )
     if search.algorithm == "grid":
         return Proposals(space, None, [*queued, *(("search", sample) for sample in space.grid())], known)
-    from orchestrator import engines
+    from orchestrator.search import engines
 
     return Proposals(space, engines.engine(space), queued, known)
 
@@ -68,14 +68,14 @@ def scheduler(space: Space, rows: int, *, schedule: Folder | None = None) -> Tri
         )
     metric, higher = space.objectives[0]
     common: dict[str, Any] = {"interval": interval, "metric": metric, "mode": "max" if higher else "min"}
-    if name in search_rules.MUTATING:
-        from orchestrator import population
+    if name in rules.MUTATING:
+        from orchestrator.search import population
 
         if search.replay is not None:
             return population.Replay(population.plan(space, Folder(search.replay)), slack=interval / 2)
         kind = population.Bandit if name == "pb2" else population.Population
         return kind(space.parameters, schedule, perturbation_interval=_count(search.perturb_every, space, rows), **common)
-    from orchestrator import schedulers
+    from orchestrator.search import schedulers
 
     if name == "median":
         return schedulers.Median(grace_period=_count(search.grace, space, rows), **common)
@@ -105,7 +105,7 @@ def rungs(space: Space, rows: int) -> tuple[int, ...]:
         levels = []
     else:
         every = _count(search.grace if search.scheduler == "median" else search.perturb_every, space, rows)
-        levels = range(every, last, every if search.scheduler in search_rules.MUTATING else 1)
+        levels = range(every, last, every if search.scheduler in rules.MUTATING else 1)
     interval = space.report_every(rows) * rows
     return tuple(round((math.ceil(level) - 0.5) * interval) for level in levels if level < last)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.records import SearchRecord
-from orchestrator.sweep_view import say_value, short_names
+from orchestrator.search.view import say_value, short_names
 
 LOGARITHMIC = ("loguniform", "logint")
 OFF = "off"

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator import searchers, training, trial
+from orchestrator import training
 from orchestrator.errors import InputError, StageError
-from orchestrator.ledger import Ledger
-from orchestrator.places import Places
 from orchestrator.progress import Display
 from orchestrator.records import TrialRecord
+from orchestrator.search import searchers, trial
+from orchestrator.search.disk import Disk
+from orchestrator.search.ledger import Ledger
+from orchestrator.search.places import Places
+from orchestrator.search.sweep import Sweep, note_out_of_memory, read_state, release
 from orchestrator.storage import Folder
-from orchestrator.sweep import Sweep, note_out_of_memory, read_state, release
-from orchestrator.sweep_disk import Disk
 
 POLL_S = 0.5
 STOP_S = 5.0

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.records import SearchRecord
-from orchestrator.sweep_axes import Axis, axes
-from orchestrator.sweep_view import number
+from orchestrator.search.axes import Axis, axes
+from orchestrator.search.view import number
 
 FEWEST = 4
 """Trials with a score, below which nothing can be said."""

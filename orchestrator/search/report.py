@@ -11,13 +11,13 @@ from typing import Any
 
 import yaml
 
-from orchestrator import sweep_figures as figures
-from orchestrator.importance import importance
 from orchestrator.progress import duration, figure
 from orchestrator.records import Comparison, SearchRecord, TrialRecord
+from orchestrator.search import figures
+from orchestrator.search.axes import Axis, axes
+from orchestrator.search.importance import importance
+from orchestrator.search.view import number, say_value, short_names
 from orchestrator.storage import Folder
-from orchestrator.sweep_axes import Axis, axes
-from orchestrator.sweep_view import number, say_value, short_names
 
 PAGE = Path(__file__).with_name("report.html")
 POPULATION = ("pbt", "pb2")
