@@ -1,8 +1,9 @@
-"""The algorithms that propose samples: those of Optuna, and hyperopt. No Ray here, and what they need is imported when made."""
+"""The algorithms that propose samples: those of Optuna, BOHB, and hyperopt. No Ray here, and what they need is imported when made."""
 
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ class Engine(Protocol):
         """A trial runs with a sample that others chose; its worth will be told like that of the algorithm's own."""
         ...
 
+    def hear(self, trial_id: str, value: float) -> None:
+        """The first objective at the next validation of a running trial."""
+        ...
+
     def tell(self, trial_id: str, values: Sequence[float] | None) -> None:
         """The objectives' values of a trial that has ended; None: it has none, or did not run."""
         ...
@@ -30,13 +35,13 @@ class Engine(Protocol):
 class OptunaEngine:
     """Proposals by a sampler of Optuna: random, tpe or cmaes."""
 
-    def __init__(self, space: Space):
+    def __init__(self, space: Space, seed: int):
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space = space
         self._study = optuna.create_study(
-            directions=["maximize" if higher else "minimize" for _, higher in space.objectives], sampler=_sampler(space)
+            directions=["maximize" if higher else "minimize" for _, higher in space.objectives], sampler=_sampler(space, seed)
         )
         self._numbers: dict[str, int] = {}
 
@@ -50,12 +55,11 @@ class OptunaEngine:
         import optuna
         from optuna.trial import TrialState
 
-        params, distributions = {}, {}
-        for path, value in sample.items():
-            if self._space.contains(path, value):
-                params[path], distributions[path] = _as_optuna(self._space.parameters[path], path, value)
-        self._study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING, params=params, distributions=distributions))
+        self._study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING, **_inside(self._space, sample)))
         self._numbers[trial_id] = len(self._study.get_trials(deepcopy=False)) - 1
+
+    def hear(self, trial_id: str, value: float) -> None:
+        pass  # what counts is a trial's best, told at its end
 
     def tell(self, trial_id: str, values: Sequence[float] | None) -> None:
         from optuna.trial import TrialState
@@ -67,20 +71,29 @@ class OptunaEngine:
             self._study.tell(number, list(values or ()))
 
 
-def _sampler(space: Space) -> Any:
+def _sampler(space: Space, seed: int) -> Any:
     import optuna
 
     search = space.search
     if search.algorithm == "random" or search.scheduler in rules.MUTATING:
         # A population's settings change while it runs, so what its members reach says little about those that they began with.
-        return optuna.samplers.RandomSampler(seed=search.seed)
+        return optuna.samplers.RandomSampler(seed=seed)
     if search.algorithm == "cmaes":
-        return optuna.samplers.CmaEsSampler(seed=search.seed, warn_independent_sampling=False)
+        return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(
-            n_startup_trials=max(4, min(10, search.num_trials // 3)), multivariate=True, group=True, constant_liar=True, seed=search.seed
+            n_startup_trials=max(4, min(10, search.num_trials // 3)), multivariate=True, group=True, constant_liar=True, seed=seed
         )
+
+
+def _inside(space: Space, sample: Sample) -> dict[str, dict[str, Any]]:
+    """`params` and `distributions` of a trial of Optuna, of those values that lie in the space."""
+    found = {path: _as_optuna(space.parameters[path], path, value) for path, value in sample.items() if space.contains(path, value)}
+    return {
+        "params": {path: answer for path, (answer, _) in found.items()},
+        "distributions": {path: kind for path, (_, kind) in found.items()},
+    }
 
 
 def _as_optuna(parameter: Parameter, path: str, value: Any) -> tuple[Any, Any]:
@@ -118,15 +131,72 @@ class _Recorder:
         return self.answer
 
 
+class BohbEngine:
+    """BOHB (Falkner et al. 2018, arXiv 1807.01774): hyperband, with settings from a model of the longest trainings there are.
+
+    The model is a multivariate Parzen estimator (Optuna's) of the trials that have reached the latest validation at which at
+    least two more than the space has paths can be compared; it learns from trials long before they end. Every third setting
+    is random, as in the paper.
+    """
+
+    def __init__(self, space: Space, seed: int):
+        self._space, self._random = space, random.Random(seed)
+        self._samples: dict[str, Sample] = {}
+        self._best: dict[str, list[float]] = {}
+        """A trial's best so far at each of its validations."""
+
+    def ask(self, trial_id: str) -> Sample:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        seed, higher = self._random.randrange(2**31), self._space.objectives[0][1]
+        compared = {} if self._random.random() < 1 / 3 else self._compared()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            samplers = optuna.samplers
+            sampler = (
+                samplers.TPESampler(multivariate=True, group=True, n_startup_trials=0, seed=seed)
+                if compared
+                else samplers.RandomSampler(seed)
+            )
+        study = optuna.create_study(direction="maximize" if higher else "minimize", sampler=sampler)
+        for one, value in compared.items():
+            study.add_trial(optuna.trial.create_trial(value=value, **_inside(self._space, self._samples[one])))
+        sample = self._space.suggest(study.ask())
+        self.note(trial_id, sample)
+        return sample
+
+    def note(self, trial_id: str, sample: Sample) -> None:
+        self._samples[trial_id] = sample
+        self._best[trial_id] = []
+
+    def hear(self, trial_id: str, value: float) -> None:
+        if math.isfinite(value):
+            better = max if self._space.objectives[0][1] else min
+            self._best[trial_id].append(better([value, *self._best[trial_id][-1:]]))
+
+    def tell(self, trial_id: str, values: Sequence[float] | None) -> None:
+        if values is None:  # it failed, or never ran
+            self._samples.pop(trial_id, None)
+            self._best.pop(trial_id, None)
+
+    def _compared(self) -> dict[str, float]:
+        """Trials, and their best at the latest validation that enough of them have reached."""
+        enough = len(self._space.parameters) + 2
+        lengths = sorted((len(values) for values in self._best.values()), reverse=True)
+        last = lengths[enough - 1] if len(lengths) >= enough else 0
+        return {one: values[last - 1] for one, values in self._best.items() if len(values) >= last} if last else {}
+
+
 class HyperoptEngine:
     """The tree-structured Parzen estimator of hyperopt (Bergstra et al. 2011)."""
 
-    def __init__(self, space: Space):
+    def __init__(self, space: Space, seed: int):
         import hyperopt
         import numpy as np
 
         self._space = space
-        self._random = np.random.default_rng(space.search.seed)
+        self._random = np.random.default_rng(seed)
         self._higher = space.objectives[0][1]
         self._trials = hyperopt.Trials()
         self._numbers: dict[str, int] = {}
@@ -150,6 +220,9 @@ class HyperoptEngine:
         inside = {path: value for path, value in sample.items() if self._space.contains(path, value)}
         values = {path: _place(self._space.parameters[path], value) for path, value in inside.items()}
         self._insert(trial_id, self._trials.new_trial_ids(1)[0], values)
+
+    def hear(self, trial_id: str, value: float) -> None:
+        pass
 
     def tell(self, trial_id: str, values: Sequence[float] | None) -> None:
         import hyperopt
@@ -221,6 +294,7 @@ class _Drawn:
         return min(max(round(self.values[name]), low), high)
 
 
-def engine(space: Space) -> Engine:
-    """The algorithm that the job asks for."""
-    return HyperoptEngine(space) if space.search.algorithm == "hyperopt" else OptunaEngine(space)
+def engine(space: Space, known: int) -> Engine:
+    """The algorithm that the job asks for, where `known` trials are there already: with the same seed it would begin with theirs again."""
+    made = {"hyperopt": HyperoptEngine, "bohb": BohbEngine}
+    return made.get(space.search.algorithm, OptunaEngine)(space, space.search.seed + known)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +86,8 @@ class Bandit(Exchange, PB2):
     """Population based bandits (Parker-Holder et al. 2020, arXiv 2002.02518): a Gaussian process proposes what to go on with.
 
     Tune's lets it see a learning rate from 1e-5 to 1e-3 on a linear scale, where most of the range is one point; here
-    `loguniform` is seen by its logarithm.
+    `loguniform` is seen by its logarithm. As long as the process has seen no change of a score, Tune's leaves the setting as
+    it is, so that two trials do the same; here it is drawn from the space, as in the paper.
     """
 
     def __init__(self, parameters: Mapping[str, Parameter], schedule: Folder | None, **options: Any):
@@ -96,8 +98,13 @@ class Bandit(Exchange, PB2):
         return super()._save_trial_state(state, time, result, self._through(trial))
 
     def _get_new_config(self, trial: Trial, trial_to_clone: Trial) -> tuple[dict[str, Any], dict[str, Any]]:
-        found, operations = PB2._get_new_config(self, self._through(trial), self._through(trial_to_clone))
-        sample = {path: _within(self._parameters[path], _unseen(self._parameters[path], value)) for path, value in found["sample"].items()}
+        source = self._through(trial_to_clone)
+        found, operations = PB2._get_new_config(self, self._through(trial), source)
+        seen = found["sample"]
+        if seen == source.config["sample"]:
+            bounds = self._hyperparam_bounds["sample"]
+            seen = {path: random.uniform(*bounds[path]) for path in seen}
+        sample = {path: _within(self._parameters[path], _unseen(self._parameters[path], value)) for path, value in seen.items()}
         return {**trial.config, "sample": sample}, operations
 
     def _through(self, trial: Trial) -> Any:

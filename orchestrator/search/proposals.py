@@ -51,6 +51,7 @@ class Proposals(Searcher):
         self._space, self._engine = space, engine
         self._distinct = not space.mutable  # a population's samples change, and its trials have folders by their ids
         self._running: set[str] = set()
+        self._paused: set[str] = set()
         self._limit: int | None = None
         self.ended: dict[str, Trial] = {}
         """Trials of an earlier start that are over, by id: the scheduler judges the others beside them."""
@@ -90,11 +91,13 @@ class Proposals(Searcher):
         return {"sample": trial.sample, "number": trial.number, "origin": trial.origin}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self._running.add(trial_id)
+        if trial_id not in self._paused:  # Tune asks the scheduler first, then tells the searcher
+            self._running.add(trial_id)
         self._keep(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         self._running.discard(trial_id)
+        self._paused.discard(trial_id)
         if trial_id not in self._asked:
             return
         if result:
@@ -105,8 +108,10 @@ class Proposals(Searcher):
     def on_pause(self, trial_id: str) -> None:
         """A scheduler lets a trial wait: another may run."""
         self._running.discard(trial_id)
+        self._paused.add(trial_id)
 
     def on_unpause(self, trial_id: str) -> None:
+        self._paused.discard(trial_id)
         self._running.add(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
@@ -121,8 +126,7 @@ class Proposals(Searcher):
     def _next(self, trial_id: str) -> Trial | None:
         if self._first:
             trial = self._first.pop(0)
-            if self._engine is not None:
-                self._engine.note(trial_id, trial.sample)
+            self._note(trial_id, trial)
         else:
             sample = self._fresh(trial_id)
             if sample is None:
@@ -163,13 +167,28 @@ class Proposals(Searcher):
             self._first.append(trial)
             return
         self.ended[record.id] = trial
+        self._note(record.id, trial)
         if self._engine is not None:
-            self._engine.note(record.id, trial.sample)
             self._engine.tell(record.id, None if record.status == "failed" else worth(self._space, trial.reports))
 
     def _keep(self, trial_id: str, result: Mapping[str, Any]) -> None:
         if trial_id in self._asked:
-            self._add(self._asked[trial_id], result)
+            trial = self._asked[trial_id]
+            before = len(trial.reports)
+            self._add(trial, result)
+            self._hear(trial_id, trial.reports[before:])
+
+    def _note(self, trial_id: str, trial: Trial) -> None:
+        """Tells the engine of a trial that it has not proposed, and of what that has reported."""
+        if self._engine is not None:
+            self._engine.note(trial_id, trial.sample)
+            self._hear(trial_id, trial.reports)
+
+    def _hear(self, trial_id: str, reports: Iterable[Mapping[str, Any]]) -> None:
+        metric, _ = self._space.objectives[0]
+        for report in reports:
+            if self._engine is not None and metric in report:
+                self._engine.hear(trial_id, report[metric])
 
     def _add(self, trial: Trial, result: Mapping[str, Any]) -> None:
         numbers = {name: result[name] for name in ("examples", *(name for name, _ in self._space.objectives)) if name in result}

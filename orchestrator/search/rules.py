@@ -25,8 +25,6 @@ MUTABLE = tuple(
     )
 )
 """What may change in the middle of a training: nothing that its weights, its optimizer's moments or its steps are made of."""
-PACKAGES = {"cmaes": ("cmaes",), "bohb": ("hpbandster", "ConfigSpace"), "hyperopt": ("hyperopt",)}
-"""What an algorithm needs beside Optuna, by the names that are imported."""
 
 _OTHER_ROWS = "trials would be scored on different rows, and such scores can't be compared"
 _BY_THE_SWEEP = "the sweep validates all trials alike; set search.report_every"
@@ -62,11 +60,11 @@ def check_paths(job: JobConfig) -> None:
     space, known = job.search.space, paths.known(job)
     for path, parameter in space.items():
         where = f"search.space.{path}"
-        if path not in known:
-            raise InputError(f"{where}: a job has no {path!r}.{paths.hint(path, job)}")
         for fixed, reason in _FIXED.items():
             if paths.inside(path, fixed):
                 raise InputError(f"{where} can't be searched: {reason}.")
+        if path not in known:
+            raise InputError(f"{where}: a job has no {path!r}.{paths.hint(path, job)}")
         if paths.is_section(known[path]):
             raise InputError(
                 f"{where} is a whole section; name a key in it, as in {next(name for name in known if name.startswith(f'{path}.'))}."
@@ -165,10 +163,8 @@ def check_algorithm(job: JobConfig, grid_size: int | None, parameters: Mapping[s
             raise InputError("search.algorithm: cmaes needs a space of at least two paths; use tpe.")
     if name == "bohb" and search.scheduler != "hyperband":
         raise InputError(f"search.algorithm: bohb works with scheduler: hyperband only, not with {search.scheduler}.")
-    if missing := [package for package in PACKAGES.get(name, ()) if importlib.util.find_spec(package) is None]:
-        raise InputError(
-            f"search.algorithm: {name} needs the package{'s' * (len(missing) > 1)} {' and '.join(missing)}, which {'are' if len(missing) > 1 else 'is'} not installed here."
-        )
+    if name == "hyperopt" and importlib.util.find_spec("hyperopt") is None:
+        raise InputError("search.algorithm: hyperopt needs the package of that name: pip install 'ray-orchestrator[hyperopt]', or use tpe.")
     if search.scheduler in MUTATING and name not in ("tpe", "random"):
         raise InputError(
             f"search.algorithm: {search.scheduler} searches by itself from settings drawn at random, so {name} has nothing to propose; leave algorithm out."

@@ -105,8 +105,11 @@ class Median(Clocked, MedianStoppingRule):
     """The median stopping rule of Vizier (Golovin et al. 2017): stops what is worse than the others were at its age."""
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        action = super().on_trial_result(tune_controller, trial, result)
-        return TrialScheduler.CONTINUE if is_default(trial) else action
+        timed = self._timed(result)
+        if not is_default(trial) or CLOCK not in timed:
+            return super().on_trial_result(tune_controller, trial, result)
+        self._results[trial].append(timed)  # the others are judged by it, and it by nobody
+        return TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         if CLOCK in self._timed(result):

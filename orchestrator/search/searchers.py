@@ -44,7 +44,7 @@ def searcher(space: Space, *, known: Sequence[TrialRecord] = ()) -> Proposals:
         return Proposals(space, None, [*queued, *(("search", sample) for sample in space.grid())], known)
     from orchestrator.search import engines
 
-    return Proposals(space, engines.engine(space), queued, known)
+    return Proposals(space, engines.engine(space, len(known)), queued, known)
 
 
 def scheduler(space: Space, rows: int, *, schedule: Folder | None = None) -> TrialScheduler:

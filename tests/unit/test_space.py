@@ -386,7 +386,7 @@ PBT = {LR: {"loguniform": [1e-5, 1e-3]}, "training.weight_decay": {"uniform": [0
         ),
         ({**CONDITIONAL}, {"algorithm": "cmaes"}, "use tpe"),
         (RATE, {"algorithm": "cmaes"}, "at least two paths"),
-        (RATE, {"algorithm": "bohb"}, "bohb"),
+        (RATE, {"algorithm": "bohb"}, "bohb works with scheduler: hyperband only, not with asha"),
         (RATE, {"scheduler": "hyperband", "workers_per_trial": 2}, "hyperband pauses trials .*set workers_per_trial: 1"),
         (PBT, {"scheduler": "pbt", "workers_per_trial": 2}, "pbt pauses trials"),
         ({**PBT, BATCH: {"choice": [16, 32]}}, {"scheduler": "pbt"}, "global_batch_size can't change in the middle of a training"),
