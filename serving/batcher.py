@@ -287,10 +287,12 @@ class Batcher:
                 job.started = started
                 job.timings.queue = started - job.ready
         self._running_since = time.monotonic()
-        good = self._isolate(items)
+        bad: list[tuple[_Job, list[Prediction] | BaseException]] = []
+        good = self._isolate(items, bad)
         self._running_since = None
         seconds = time.perf_counter() - started
         self._failures = 0 if good else self._failures + 1
+        _settle(bad)  # after it was counted, so that who hears of it can ask whether it was the third
         if not good:
             return
         rows = sum(1 for item in good if item.part == 0)
@@ -311,8 +313,8 @@ class Batcher:
         else:
             self._pool.submit(self._finish, finished)
 
-    def _isolate(self, items: list[_Item]) -> list[_Item]:
-        """Runs the items; where they fail together, in halves, so that only the bad ones fail. Returns those that did not."""
+    def _isolate(self, items: list[_Item], bad: list[tuple[_Job, list[Prediction] | BaseException]]) -> list[_Item]:
+        """Runs the items; where they fail together, in halves, so that only the bad ones fail: these go to `bad`. Returns the others."""
         items = [item for item in items if not item.job.dead]
         if not items:
             return []
@@ -321,10 +323,11 @@ class Batcher:
         except Exception as cause:  # noqa: BLE001 - a bad item must not take the thread, nor its neighbours, with it
             if len(items) > 1:
                 half = len(items) // 2
-                return self._isolate(items[:half]) + self._isolate(items[half:])
+                return self._isolate(items[:half], bad) + self._isolate(items[half:], bad)
             error = BadItem(items[0].row, "inference")
             error.__cause__ = cause
-            self._fail([items[0].job], error)
+            items[0].job.dead = True
+            bad.append((items[0].job, error))
             with self._changed:
                 self._queue.discard(items[0].job)
             return []

@@ -269,7 +269,8 @@ def test_where_memory_runs_out_the_micro_batch_is_halved_and_nothing_else_change
     assert state is not None
     assert (state["halvings"], state["status"]) == (2, "done")
     replayed, _ = go(sweep(), sample)
-    assert replayed.heard == ear.heard
+    # Not the seconds: what was validated before the halving may have been validated again after it.
+    assert [(one["step"], one["accuracy"]) for one in replayed.heard] == [(one["step"], one["accuracy"]) for one in ear.heard]
 
 
 def test_a_process_killed_for_memory_starts_smaller_and_five_halvings_are_the_end(
