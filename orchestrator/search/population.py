@@ -48,8 +48,10 @@ class Exchange(Clocked):
             self._write(trial=member(trial.config["number"]), parent=None, examples=0, sample=trial.config["sample"])
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        # The job as it is written takes no part: with another's weights it would be another.
-        return TrialScheduler.CONTINUE if is_default(trial) else super().on_trial_result(tune_controller, trial, result)
+        # The job as it is written takes no part: with another's weights it would be another. Nor does one that has ended.
+        if is_default(trial) or result.get("step", 0) >= result.get("total_steps", math.inf):
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(tune_controller, trial, result)
 
     def _recall(self, trial: Any, reports: list[dict[str, Any]]) -> None:
         state = self._trial_state[trial]
@@ -137,9 +139,7 @@ class Replay(FIFOScheduler):
         due = [sample for examples, sample in self._steps if examples <= result["examples"] + self._slack][-1]
         if due == trial.config["sample"]:
             return TrialScheduler.CONTINUE
-        saved = tune_controller._schedule_trial_save(trial, result=result)
-        trial.run_metadata.checkpoint_manager._latest_checkpoint_result = saved.resolve()
-        tune_controller.pause_trial(trial, should_checkpoint=False)
+        tune_controller.pause_trial(trial, should_checkpoint=False)  # it finds its checkpoint in its own folder
         trial.set_config({**trial.config, "sample": due})
         return TrialScheduler.NOOP
 
