@@ -51,7 +51,7 @@ def section(schema: dict[str, Any], path: str, inner: dict[str, Any], depth: int
     for name, value in keys.items():
         if deeper := nested(schema, value):
             lines += section(schema, f"{path}.{name}", deeper, depth + 1)
-        elif deeper := nested(schema, value.get("additionalProperties") or {}):
+        elif isinstance(of := value.get("additionalProperties"), dict) and (deeper := nested(schema, of)):
             lines += section(schema, f"{path}.{name}.…", deeper, depth + 1)
     return lines
 

@@ -66,7 +66,7 @@ class Driver:
             tune_config=ray.tune.TuneConfig(
                 search_alg=searchers.searcher(space, known=[*ended, *left]),
                 scheduler=searchers.scheduler(space, rows, schedule=self.sweep.folder / SCHEDULE),
-                num_samples=search.num_trials - len(ended),
+                num_samples=-1,  # the searcher says when they are over
                 max_concurrent_trials=self.where.at_once,
                 reuse_actors=True,
                 trial_name_creator=lambda one: f"trial-{one.trial_id}",

@@ -52,6 +52,9 @@ class Proposals(Searcher):
         self._distinct = not space.mutable  # a population's samples change, and its trials have folders by their ids
         self._running: set[str] = set()
         self._paused: set[str] = set()
+        self._open: set[str] = set()
+        """Trials that have not ended."""
+        self._exhausted = False
         self._limit: int | None = None
         self.ended: dict[str, Trial] = {}
         """Trials of an earlier start that are over, by id: the scheduler judges the others beside them."""
@@ -83,11 +86,14 @@ class Proposals(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         if self._limit is not None and len(self._running) >= self._limit:
             return None
-        trial = self._next(trial_id)
+        trial = None if self._exhausted or len(self.ended) + len(self._asked) >= self._space.search.num_trials else self._next(trial_id)
         if trial is None:
-            return Searcher.FINISHED
+            # Tune ends the process of a paused trial where there are no more trials to come: it starts a new one for it then.
+            self._exhausted = True
+            return None if self._open else Searcher.FINISHED
         self._asked[trial_id] = trial
         self._running.add(trial_id)
+        self._open.add(trial_id)
         return {"sample": trial.sample, "number": trial.number, "origin": trial.origin}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -96,8 +102,8 @@ class Proposals(Searcher):
         self._keep(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        self._running.discard(trial_id)
-        self._paused.discard(trial_id)
+        for trials in (self._running, self._paused, self._open):
+            trials.discard(trial_id)
         if trial_id not in self._asked:
             return
         if result:

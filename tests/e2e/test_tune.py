@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 SEARCH = """
 search:
   space:
@@ -65,12 +67,23 @@ def test_a_killed_sweep_goes_on_and_ends_with_a_registered_winner(orchestrator, 
         assert said in second.err
     assert Path(found["search"]["report"]).read_text().startswith("<!doctype html>")
 
-    more = orchestrator("tune", *options, "--set", "search.num_trials=7")
-    assert more.status == 0, more.err
-    assert more.result["run"] == found["run"]
-    assert more.result["search"]["trials_run"] == 7
-    assert {states[number]["attempts"] for number in range(5)} == {read(run_dir, "trial.json")[number]["attempts"] for number in range(5)}
-    assert "done before" not in more.err.split("search")[0]
+    # From Python it is the same sweep, and it is done.
+    code = (
+        "import orchestrator, sys; print(orchestrator.tune(sys.argv[1], storage=sys.argv[2], assignments=sys.argv[3:]).frame().to_json())"
+    )
+    assignments = ["training.num_train_epochs=8"]
+    more = subprocess.run(
+        [sys.executable, "-c", code, job_file, tmp_path / "runs", *assignments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert more.returncode == 0, more.stderr
+    frame = json.loads(more.stdout.strip().splitlines()[-1])
+    assert frame["accuracy"] == pytest.approx({str(number): trial["best"]["accuracy"] for number, trial in trials.items()})
+    assert read(run_dir, "trial.json") == states
 
 
 def test_a_job_without_a_search_section_is_refused(orchestrator, job_file: Path) -> None:

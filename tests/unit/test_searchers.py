@@ -404,7 +404,7 @@ def test_a_schedule_is_replayed(tmp_path):
     made = space(PBT, scheduler="pbt", replay=str(file))
     sweep = Sweep(made)
     default, trial = sweep.begin(), sweep.begin()
-    assert sweep.proposals.suggest("trial-2") == Proposals.FINISHED
+    assert sweep.proposals.suggest("trial-2") is None, "the two are all there is, and they have not ended"
     assert (default.config["origin"], trial.config) == ("default", {"sample": settings[0], "number": 1, "origin": "search"})
     seen = []
     for validation in range(1, 10):
