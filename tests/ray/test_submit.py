@@ -133,7 +133,7 @@ def job_file(tmp_path: Path, name: str) -> JobConfig:
 
 
 def wait(identifier: str, address: str) -> str:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while (state := submission.status(identifier, address)["status"]) not in submission.ENDED:
         assert time.monotonic() < deadline
         time.sleep(0.3)
