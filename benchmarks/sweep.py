@@ -58,13 +58,14 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--rows", type=int, default=None, help="training rows; all by default")
+    parser.add_argument("--validation-rows", type=int, default=None, help="all by default")
     parser.add_argument("--many", type=int, default=200, help="trials of the part `leftovers`")
     arguments = parser.parse_args()
     if arguments.side:
         print(json.dumps(SIDES[arguments.side](**json.loads(arguments.options))))
         return
     with tempfile.TemporaryDirectory(prefix="sweep-") as folder:
-        data = cut(split(Path(folder), 1), arguments.rows)
+        data = cut(split(Path(folder), 1), train=arguments.rows, validation=arguments.validation_rows)
         found: dict[str, list[dict[str, Any]]] = {}
         if "search" in arguments.only:
             search(arguments, Path(folder), data, found)
@@ -78,23 +79,30 @@ def main() -> None:
             leftovers(arguments, Path(folder), data)
 
 
-def cut(data: dict[str, str], rows: int | None) -> dict[str, str]:
-    """The data with the first `rows` training rows."""
-    if rows is not None:
-        with Path(data["train"]).open(newline="", encoding="utf-8") as file:
-            lines = list(csv.reader(file))[: rows + 1]
-        with Path(data["train"]).open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(lines)
+def cut(data: dict[str, str], **rows: int | None) -> dict[str, str]:
+    """The data with the first so many rows of a split."""
+    for name, most in rows.items():
+        if most is not None:
+            with Path(data[name]).open(newline="", encoding="utf-8") as file:
+                lines = list(csv.reader(file))[: most + 1]
+            with Path(data[name]).open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(lines)
     return data
 
 
 # ---- the best score, and when it was reached -----------------------------------------------------------------
 def search(arguments: argparse.Namespace, folder: Path, data: dict[str, str], found: dict[str, list[dict[str, Any]]]) -> None:
-    sides = {"random, no scheduler": ("random", "none"), "tpe with asha": ("tpe", "asha")}
+    # A search that stops nobody has no use for validations within an epoch, which cost it time.
+    sides = {
+        "random, no scheduler": {"algorithm": "random", "scheduler": "none", "report_every": 1},
+        "tpe with asha": {"algorithm": "tpe", "scheduler": "asha"},
+    }
     for seed in arguments.seeds:
-        for name, (algorithm, scheduler) in sides.items():
-            asked = {"num_trials": arguments.trials, "algorithm": algorithm, "scheduler": scheduler, "seed": seed, "include_default": False}
-            run = tune(folder, data, f"{algorithm}-{scheduler}-{seed}", asked, {"num_train_epochs": arguments.epochs, "seed": seed})
+        for name, kind in sides.items():
+            asked = {"num_trials": arguments.trials, **kind, "seed": seed, "include_default": False}
+            run = tune(
+                folder, data, f"{kind['algorithm']}-{kind['scheduler']}-{seed}", asked, {"num_train_epochs": arguments.epochs, "seed": seed}
+            )
             keep(found, f"orchestrator, {name}", seed, run)
 
 
@@ -206,7 +214,7 @@ def leftovers(arguments: argparse.Namespace, folder: Path, data: dict[str, str])
     """Many short trials on a cluster that lives on: its placement groups, processes and the disk they took."""
     limit = 2_000_000_000
     asked = {"num_trials": arguments.many, "algorithm": "random", "scheduler": "asha", "max_disk": limit}
-    small = cut({**data, "train": copied(data["train"])}, 96)
+    small = cut({**data, "train": copied(data["train"]), "validation": copied(data["validation"])}, train=96, validation=32)
     with head(folder) as (address, process):
         before = workers_of(process)
         with watched(folder / "runs") as disk:
@@ -223,7 +231,7 @@ def leftovers(arguments: argparse.Namespace, folder: Path, data: dict[str, str])
 
 
 def copied(path: str) -> str:
-    place = Path(path).with_name("few.csv")
+    place = Path(path).with_name(f"few-{Path(path).name}")
     place.write_bytes(Path(path).read_bytes())
     return str(place)
 

@@ -91,6 +91,7 @@ def _gpu_memory(job: JobConfig, nodes: Sequence[Mapping[str, float]]) -> int:
     if job.search.gpus_per_trial != "auto" or not any(node.get("GPU", 0) for node in nodes):
         return 0
     import ray
+    import ray.exceptions
 
     def memory() -> int:
         import torch
@@ -162,6 +163,7 @@ def _first_bundle(sweep: Sweep, order: Sequence[TrialRecord], display: Display) 
 def _bundle(sweep: Sweep, one: TrialRecord) -> TrainRecord | str:
     """The record of a trial's bundle, written by a task where it isn't there yet; a sentence where its checkpoint is gone."""
     import ray
+    import ray.exceptions
 
     assert one.best is not None
     folder, step = Folder(one.folder), one.best["best_step"]

@@ -31,7 +31,8 @@ def ranked(trials: Iterable[TrialRecord], objectives: Objectives) -> list[TrialR
     """The trials that have a score, the best by the first objective first; of equal ones the earlier."""
     metric, higher = objectives[0]
     scored = [(found, trial) for trial in trials if (found := value(trial.best, metric)) is not None]
-    return [trial for _, trial in sorted(scored, key=lambda pair: (-pair[0] if higher else pair[0], pair[1].number))]
+    sign = -1.0 if higher else 1.0
+    return [trial for _, trial in sorted(scored, key=lambda pair: (sign * pair[0], pair[1].number))]
 
 
 def front(trials: Iterable[TrialRecord], objectives: Objectives) -> list[TrialRecord]:

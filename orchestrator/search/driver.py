@@ -24,6 +24,8 @@ from orchestrator.storage import Folder
 POLL_S = 0.5
 STOP_S = 5.0
 """How long an interrupted sweep waits for Ray Tune to notice."""
+WAITING_BYTES = 2**20
+"""That the process of a trial with workers of its own asks Ray for; it has no CPU."""
 ENDED = ("done", "stopped")
 SCHEDULE = "schedule.jsonl"
 ENVIRONMENT = {
@@ -106,7 +108,9 @@ class Driver:
             trial.trainable(config, sweep=sweep)
 
         search_trial.__mixins__ = trial.trainable.__mixins__  # pyright: ignore[reportFunctionMemberAccess]
-        return ray.tune.with_resources(search_trial, {"cpu": self.where.cpus, "gpu": self.where.gpus})
+        # Tune takes no trial that asks for nothing, as one does whose workers do the work.
+        asked: dict[str, float] = {"cpu": self.where.cpus, "gpu": self.where.gpus} if self.where.workers == 1 else {"memory": WAITING_BYTES}
+        return ray.tune.with_resources(search_trial, asked)
 
     # ---- what Tune tells ---------------------------------------------------------------------------------------
     def begins(self, one: Any) -> None:

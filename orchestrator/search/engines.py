@@ -15,7 +15,7 @@ from orchestrator.search.space import Sample, Space
 
 
 class Engine(Protocol):
-    """An algorithm that proposes samples and is told what they were worth. It pickles."""
+    """An algorithm that proposes samples and is told what they were worth."""
 
     def ask(self, trial_id: str) -> Sample: ...
 
@@ -87,7 +87,7 @@ def _sampler(space: Space, seed: int) -> Any:
         )
 
 
-def _inside(space: Space, sample: Sample) -> dict[str, dict[str, Any]]:
+def _inside(space: Space, sample: Sample) -> dict[str, Any]:
     """`params` and `distributions` of a trial of Optuna, of those values that lie in the space."""
     found = {path: _as_optuna(space.parameters[path], path, value) for path, value in sample.items() if space.contains(path, value)}
     return {

@@ -34,6 +34,9 @@ from orchestrator.storage import Folder
 class Exchange(Clocked):
     """What PBT and PB2 have in common: new settings stay inside the space, and the schedule is written."""
 
+    _trial_state: dict[Any, Any]
+    _metric_op: float
+
     def __init__(self, parameters: Mapping[str, Parameter], schedule: Folder | None, **options: Any):
         super().__init__(log_config=False, require_attrs=False, **options)
         self._parameters = dict(parameters)

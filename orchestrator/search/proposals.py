@@ -12,10 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray.cloudpickle
 from ray.tune.search import Searcher
 
 from orchestrator.records import TrialRecord
@@ -121,12 +119,7 @@ class Proposals(Searcher):
         self._running.add(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
-        with Path(checkpoint_path).open("wb") as file:
-            ray.cloudpickle.dump(self.__dict__, file)
-
-    def restore(self, checkpoint_path: str) -> None:
-        with Path(checkpoint_path).open("rb") as file:
-            self.__dict__.update(ray.cloudpickle.load(file))
+        """Nothing: a sweep continues from its ledger."""
 
     # ---- what is next ----------------------------------------------------------------------------------------
     def _next(self, trial_id: str) -> Trial | None:

@@ -4,7 +4,7 @@ Their clock is validations. A trial reports the rows that it has seen (`examples
 little from trial to trial; a scheduler that compared them would take a validation at 4,990 rows for one before 5,000.
 
 They remember. Tune writes no scheduler to disk; after a death its rungs would be empty and the next trials would be
-judged by nobody. Every report is in the sweep's `Proposals`, which Tune does keep, so they read it there.
+judged by nobody. Every report is in the sweep's `Proposals`, those of earlier starts too, so they read it there.
 
 The job as it is written runs to its end: the winner is compared with it.
 
@@ -52,8 +52,10 @@ class Ended:
 class Clocked:
     """Mixed into a scheduler of Tune: it counts in validations, each `interval` rows."""
 
+    _metric: Any
+
     def __init__(self, interval: float, **options: Any):
-        super().__init__(time_attr=CLOCK, **options)
+        super().__init__(time_attr=CLOCK, **options)  # pyright: ignore[reportCallIssue]  of Tune's scheduler
         self._interval = interval
         self._reads_proposals = True
 
@@ -78,8 +80,7 @@ class Clocked:
         super().on_trial_complete(tune_controller, trial, self._timed(result))  # pyright: ignore[reportAttributeAccessIssue]
 
     def _timed(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        metric = self._metric  # pyright: ignore[reportAttributeAccessIssue]
-        if "examples" not in result or metric not in result:
+        if "examples" not in result or self._metric not in result:
             return dict(result)
         return {**result, CLOCK: max(1, round(result["examples"] / self._interval))}
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def searcher(space: Space, *, known: Sequence[TrialRecord] = ()) -> Proposals:
-    """What proposes the trials' samples. `known`: trials of an earlier start of this sweep, where Tune's own memory is lost.
+    """What proposes the trials' samples. `known`: trials of an earlier start of this sweep.
 
     It gives `search.num_trials` in all, the known ones included, fewer where a finite space is exhausted, and says that the
     sweep is over when the last of them has ended. Raises `InputError`.

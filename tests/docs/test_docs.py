@@ -41,7 +41,7 @@ COVERED = {
     "orchestrator submit": ("needs a cluster", "tests/ray/test_submit.py::test_a_job_runs_once_with_what_it_needs"),
     "orchestrator jobs": ("needs a cluster", "tests/ray/test_submit.py::test_a_running_job_is_found_followed_and_stopped"),
     "ray up": ("starts machines that cost money", "tests/unit/test_cluster_yaml.py::test_it_is_valid_for_rays_launcher"),
-    "make demo": ("trains for minutes", "tests/e2e/test_recipes.py::test_every_recipe_runs"),
+    "make demo": ("trains for minutes", "tests/e2e/test_run.py::test_one_command_takes_reviews_to_answers_and_again_reuses_them"),
     "make install": ("the tests stand on it", "tests/docs/test_docs.py::test_make_knows_its_targets"),
     "make test": ("is this", "tests/docs/test_docs.py::test_make_knows_its_targets"),
     "source .venv/bin/activate": ("a shell's own", "tests/docs/test_docs.py::test_make_knows_its_targets"),

@@ -1,4 +1,4 @@
-"""Every recipe that ships, from its real model and data to its scores, with a few steps of training by one worker."""
+"""Every recipe that ships is a job whose data, base model and metrics are there. Whole ones are run in test_run and by `make demo`."""
 
 from pathlib import Path
 
@@ -9,11 +9,6 @@ RECIPES = sorted((Path(__file__).parent.parent.parent / "jobs" / "recipes").rglo
 
 @pytest.mark.network
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_recipe_runs(recipe: Path, orchestrator, tmp_path: Path) -> None:
-    smoke = ["training.max_steps=2", "training.global_batch_size=8", "resources.num_workers=1"]
-    ended = orchestrator(
-        "evaluate", recipe, *[part for text in smoke for part in ("--set", text)], "--storage", tmp_path / "runs", "--json"
-    )
-    assert ended.status == 0, ended.err
-    assert ended.result["train"]["steps"] == 2
-    assert ended.result["metrics"]["test"]
+def test_every_recipe_is_valid(recipe: Path, orchestrator, tmp_path: Path) -> None:
+    checked = orchestrator("validate", recipe, "--storage", tmp_path / "runs", "--json")
+    assert checked.status == 0, checked.err

@@ -16,7 +16,7 @@ search:
   space:
     training.learning_rate: {loguniform: [1.0e-4, 1.0e-2]}
     model.lora: {choice: [null, {r: 4}]}
-  num_trials: 5
+  num_trials: 4
 """
 
 
@@ -53,9 +53,9 @@ def test_a_killed_sweep_goes_on_and_ends_with_a_registered_winner(orchestrator, 
     second = orchestrator("tune", *options)
     assert second.status == 0, second.err
     found = second.result
-    assert f"continues: {len(ended_then)} of 5 trials have ended" in second.err
+    assert f"continues: {len(ended_then)} of 4 trials have ended" in second.err
     trials = {trial["number"]: trial for trial in found["search"]["trials"]}
-    assert sorted(trials) == list(range(5))
+    assert sorted(trials) == list(range(4))
     states = read(run_dir, "trial.json")
     assert {states[number]["attempts"] for number in ended_then} == {1}  # not run again
     best = trials[next(number for number, trial in trials.items() if trial["id"] == found["search"]["best"])]
@@ -63,7 +63,7 @@ def test_a_killed_sweep_goes_on_and_ends_with_a_registered_winner(orchestrator, 
     assert found["comparison"]["split"] == "test"
     assert found["comparison"]["low"] <= found["comparison"]["score"] <= found["comparison"]["high"]
     assert found["model"] == {"name": "reviews", "version": 1}
-    for said in (f"winner      trial {best['number']} of 5", "setting     learning_rate ", "score       test accuracy"):
+    for said in (f"winner      trial {best['number']} of 4", "setting     learning_rate ", "score       test accuracy"):
         assert said in second.err
     assert Path(found["search"]["report"]).read_text().startswith("<!doctype html>")
 

@@ -302,20 +302,6 @@ class Load:
             thread.join()
 
 
-def test_a_new_version_takes_over_without_a_failed_request(
-    endpoint: Endpoint, bundle: str, other_bundle: str, section: ServingSection
-) -> None:
-    with Load(endpoint.url) as load:
-        newer = app.deploy(other_bundle, section, name="reviews", version=4, timeout_s=120)
-        assert newer.url == endpoint.url
-        assert httpx.get(f"{endpoint.url}/info").json()["digest"] == newer.digest
-        time.sleep(haproxy.DRAIN_S + 2)
-        assert httpx.post(endpoint.url, json={"inputs": "good"}).headers["x-model-version"] == "4"
-    assert {status for status, _ in load.seen} == {200}, load.seen
-    assert {version for _, version in load.seen} == {"3", "4"}
-    app.deploy(bundle, section, name="reviews", version=3, timeout_s=120)
-
-
 def break_weights(folder: Path) -> None:
     file = folder / "model" / "model.safetensors"
     content = bytearray(file.read_bytes())
@@ -340,7 +326,6 @@ def test_a_model_that_no_longer_answers_as_when_it_was_scored_does_not_take_over
     assert "Traceback" not in str(failed.value)
     assert {status for status, _ in load.seen} == {200}, load.seen
     assert {version for _, version in load.seen} == {"3"}
-    app.deploy(bundle, section, name="reviews", version=3, timeout_s=120)
 
 
 def test_an_altered_bundle_is_refused(endpoint: Endpoint, bundle: str, section: ServingSection, tmp_path: Path) -> None:
@@ -435,6 +420,17 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.1)
+
+
+def test_a_new_version_takes_over_without_a_failed_request(endpoint: Endpoint, other_bundle: str, section: ServingSection) -> None:
+    with Load(endpoint.url) as load:
+        newer = app.deploy(other_bundle, section, name="reviews", version=4, timeout_s=120)
+        assert newer.url == endpoint.url
+        assert httpx.get(f"{endpoint.url}/info").json()["digest"] == newer.digest
+        time.sleep(haproxy.DRAIN_S + 2)
+        assert httpx.post(endpoint.url, json={"inputs": "good"}).headers["x-model-version"] == "4"
+    assert {status for status, _ in load.seen} == {200}, load.seen
+    assert {version for _, version in load.seen} == {"3", "4"}
 
 
 def test_holding_ends_with_sigterm_and_takes_the_endpoint_down(endpoint: Endpoint) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator import bundle, training
 from orchestrator.config import JobConfig
-from orchestrator.errors import InputError, StageError
+from orchestrator.errors import StageError
 from orchestrator.progress import Silent
 from orchestrator.records import TrainRecord
 from orchestrator.storage import Folder
@@ -138,15 +138,6 @@ def test_two_workers_on_two_cpus_do_what_one_does(alone: tuple[TrainRecord, Path
     assert heard.steps[-1] == EPOCHS * STEPS
 
 
-def test_a_finished_run_is_not_trained_again(alone: tuple[TrainRecord, Path], prepared: Any, tiny_model: str) -> None:
-    record, folder = alone
-    before = losses(record)
-    again = training.train(job(tiny_model, 1), prepared, Folder(str(folder)), Silent())
-    assert (again.resumed_from, again.steps, again.metrics) == (EPOCHS * STEPS, EPOCHS * STEPS, record.metrics)
-    assert losses(again) == before
-    assert all(bool((one == two).all()) for one, two in zip(weights(record).values(), weights(again).values(), strict=True))
-
-
 @pytest.fixture
 def dies_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """`dies_once(step)`: the last worker's process ends at that step, the first time it gets there."""
@@ -199,22 +190,6 @@ def test_a_killed_worker_costs_time_and_nothing_else(
     assert f"continues from the checkpoint of step {record.resumed_from} of {EPOCHS * STEPS}" in heard.sentences
 
 
-def test_another_number_of_workers_continues_with_exactly_the_rest(
-    alone: tuple[TrainRecord, Path], prepared: Any, tiny_model: str, tmp_path: Path, dies_once: Callable[[int], None]
-) -> None:
-    dies_once(8)
-    folder = Folder(str(tmp_path / "run"))
-    with pytest.raises(
-        StageError, match=r"^Training failed: a worker failed, its process on node \S+ died, .*failure\.log; the same command continues"
-    ):
-        training.train(job(tiny_model, 2, resources={"max_failures": 0}), prepared, folder, Silent())
-    assert (tmp_path / "run/failure.log").read_text()
-    record = training.train(job(tiny_model, 1), prepared, folder, Silent())
-    assert record.resumed_from in (3, 6, STEPS)  # a checkpoint is written beside training, so the death may come before the second is whole
-    assert losses(record) == pytest.approx(losses(alone[0]), abs=1e-4)
-    assert rows(tmp_path / "run") == rows(alone[1])
-
-
 def test_what_a_worker_says_reaches_the_user_as_it_stands_and_at_once(
     prepared: Any, ray_session: Any, tiny_model: str, tmp_path: Path
 ) -> None:
@@ -227,11 +202,6 @@ def test_what_a_worker_says_reaches_the_user_as_it_stands_and_at_once(
             heard,
         )
     assert not any("start again" in sentence for sentence in heard.sentences)
-
-
-def test_a_base_model_that_is_not_there_is_bad_input(prepared: Any, ray_session: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^model\.base: there is no folder '/nowhere/model'"):
-        training.train(job("/nowhere/model", 1), prepared, Folder(str(tmp_path)), Silent())
 
 
 def test_workers_that_cannot_be_placed_are_named_in_time(prepared: Any, ray_session: Any, tiny_model: str, tmp_path: Path) -> None:

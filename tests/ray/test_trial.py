@@ -58,7 +58,7 @@ def in_tune(sweep: Sweep, rates: list[float], *, cpus: float, stop: Callable[[di
 
     search_trial.__mixins__ = trial.trainable.__mixins__  # pyright: ignore[reportFunctionMemberAccess]
     tuner = tune.Tuner(
-        tune.with_resources(search_trial, {"cpu": cpus}),
+        tune.with_resources(search_trial, {"cpu": cpus} if cpus else {"memory": 2**20}),
         param_space=tune.grid_search([config(number, rate) for number, rate in enumerate(rates)]),
         tune_config=tune.TuneConfig(max_concurrent_trials=1, reuse_actors=True),
         run_config=tune.RunConfig(name="ray", storage_path=sweep.folder.path, stop=lambda _, result: stop(result), verbose=0),
@@ -99,12 +99,11 @@ def test_a_trial_with_workers_is_one_with_one_worker_and_stops_in_order(sweep: C
     assert [state and state["status"] for state in states] == ["stopped", "done"]
     assert len(losses(first)) == 4
     assert len(losses(second)) == EPOCHS * STEPS
-    rest = heard(ours, config(0, 2e-3))
-    assert [one["step"] for one in rest] == [2, 4, 6, 8, 10, 12, 14]
-    assert losses(first) == pytest.approx(losses(alone.trial_folder(config(0, 2e-3))), abs=1e-4)
-    assert [one["accuracy"] for one in rest] == pytest.approx([one["accuracy"] for one in expected], abs=1e-3)
-    record = trial.write_bundle(ours, first, rest[-1]["best_step"])
-    assert (record.num_workers, record.steps) == (2, EPOCHS * STEPS)
+    assert losses(first) == pytest.approx(losses(alone.trial_folder(config(0, 2e-3)))[:4], abs=1e-4)
+    last = json.loads((first / "reports.jsonl").read_bytes().splitlines()[-1])
+    assert last["accuracy"] == pytest.approx(expected[1]["accuracy"], abs=1e-3)
+    record = trial.write_bundle(ours, first, last["best_step"])
+    assert (record.num_workers, record.steps) == (2, 4)
     assert bundle.load(record.bundle).lineage["search"]["number"] == 0
     assert not (first / "ray").exists()
 
