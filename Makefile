@@ -25,7 +25,7 @@ check: lint  ## style, types, imports, unit and contract tests
 
 test: lint  ## all tests
 	@mkdir -p build
-	$(BIN)/pytest -n 2 --dist loadfile --junitxml=build/tests.xml $(ARGS)
+	$(BIN)/pytest --junitxml=build/tests.xml $(ARGS)
 
 lint: dev  ## style, types and imports
 	$(BIN)/ruff check .

@@ -326,6 +326,7 @@ def test_a_model_that_no_longer_answers_as_when_it_was_scored_does_not_take_over
     assert "Traceback" not in str(failed.value)
     assert {status for status, _ in load.seen} == {200}, load.seen
     assert {version for _, version in load.seen} == {"3"}
+    app.deploy(bundle, section, name="reviews", version=3, timeout_s=120)
 
 
 def test_an_altered_bundle_is_refused(endpoint: Endpoint, bundle: str, section: ServingSection, tmp_path: Path) -> None:

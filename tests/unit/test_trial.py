@@ -110,7 +110,10 @@ def scores(ear: Ear) -> list[tuple[Any, ...]]:
     return [(one["step"], one["examples"], one["loss"], one["accuracy"], one["best_step"]) for one in ear.heard]
 
 
-def test_a_trial_reports_by_the_sweeps_clock_and_is_the_same_first_or_fifth_in_a_process(sweep: Callable[..., Sweep]) -> None:
+def test_a_trial_reports_by_the_sweeps_clock_and_is_the_same_first_or_fifth_in_a_process(
+    sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "_trials_run", 0)
     plain, adapted = {RATE: 3e-3, "model.lora": None}, {RATE: 1e-2, "model.lora": {"r": 4}}
     first = {name: go(sweep(name=f"first-{name}"), sample) for name, sample in (("plain", plain), ("adapted", adapted))}
     for seed in (1, 2):
