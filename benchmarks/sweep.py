@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--rows", type=int, default=None, help="training rows; all by default")
     parser.add_argument("--validation-rows", type=int, default=None, help="all by default")
+    parser.add_argument("--match", default="", help="of the part `start` only the sides that have this in their name")
     parser.add_argument("--many", type=int, default=200, help="trials of the part `leftovers`")
     arguments = parser.parse_args()
     if arguments.side:
@@ -184,6 +185,8 @@ def starts(arguments: argparse.Namespace, folder: Path, data: dict[str, str]) ->
         "| side | first trial | second in a process | the step | from a trial's end to the next one's first step |\n|---|---|---|---|---|"
     )
     for name, side in sides.items():
+        if arguments.match not in name:
+            continue
         run = side()
         if "error" in run:
             print(f"| {name} | does not run: {run['error']} | | | |", flush=True)

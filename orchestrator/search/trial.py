@@ -203,6 +203,8 @@ class _Trial:
         self._killed = killed(self.folder)
         self._reports = worker.StepLog(self.folder / "reports.jsonl")
         self._reported = 0  # the step of the last report of this attempt
+        self._stepped: float | None = None
+        """When the first step of this attempt ended."""
         self._first_step: dict[str, float] = {}
         self._losses: list[float] = []
         self._figures: Callable[[], dict[str, Any]] | None = None
@@ -300,10 +302,16 @@ class _Trial:
         model = warm.model(task, job.model, precision=precision, seed=settings.seed)
         logs = worker.Logs(self.folder, 0, 1, stream.steps_per_epoch, record_rows=settings.record_rows)
         tally = worker.Tally()
+        self._stepped = None
+
+        def on_rows(step: int, row_ids: list[str]) -> None:  # called as a step ends; progress comes after its validation
+            self._stepped = self._stepped or time.perf_counter()
+            logs.rows(step, row_ids)
+
         self._figures = lambda: worker.figures(tally, stream, batch=batch, world=1, precision=precision)
         steps = loop.train(
             task, model, processor, settings, stream, folder=self.folder, validate=validate, global_batch_size=batch,
-            identity=self.sweep.identity(job), checkpoint=job.checkpoint, on_rows=logs.rows,
+            identity=self.sweep.identity(job), checkpoint=job.checkpoint, on_rows=on_rows,
             write_behind=not self.sweep.pauses, end_with_best=False,
         )  # fmt: skip
         with contextlib.closing(stream), contextlib.closing(steps):
@@ -399,7 +407,7 @@ class _Trial:
     # ---- reports ---------------------------------------------------------------------------------------------
     def _start(self, resumed_from: int | None, seconds: float) -> None:
         """At the first step of a training, which took `seconds`: what was reported up to where it goes on from is reported again."""
-        taken = time.perf_counter() - self._began
+        taken = (self._stepped or time.perf_counter()) - self._began
         self._first_step = {"setup_seconds": round(taken - seconds, 4), "first_step_seconds": round(taken, 4)} if seconds else {}
         self._reports.restart(resumed_from or 0)
         self._again(resumed_from or 0)
