@@ -171,7 +171,6 @@ def starts(arguments: argparse.Namespace, folder: Path, data: dict[str, str]) ->
     trainer = {"data": data, "trials": 4, "epochs": 0.1, "seed": 1, "batches": [SMALL]}
     sides = {
         "orchestrator, trial of one worker": lambda: tune(folder, data, "start-1", asked, short),
-        "orchestrator, trial of two workers (Ray Train)": lambda: tune(folder, data, "start-2", {**asked, "workers_per_trial": 2}, short),
         "bare Tune, model and rows kept by hand": lambda: run_side("bare", data=data, kept=True),
         "bare Tune, loading in each trial": lambda: run_side("bare", data=data, kept=False),
         "Ray Train in a Tune trial, one worker": lambda: run_side("nested", data=data),
