@@ -37,11 +37,12 @@ def ranked(trials: Iterable[TrialRecord], objectives: Objectives) -> list[TrialR
 
 def front(trials: Iterable[TrialRecord], objectives: Objectives) -> list[TrialRecord]:
     """The trials that no other beats in every objective (Pareto's front), the best by the first objective first."""
-    scored = [
-        (trial, [found if higher else -found for found, (_, higher) in zip(values, objectives, strict=True)])
-        for trial in ranked(trials, objectives)
-        if None not in (values := [value(trial.best, metric) for metric, _ in objectives])
-    ]
+    scored: list[tuple[TrialRecord, list[float]]] = []
+    for trial in ranked(trials, objectives):
+        values = [(value(trial.best, metric), higher) for metric, higher in objectives]
+        numbers = [found if higher else -found for found, higher in values if found is not None]
+        if len(numbers) == len(values):
+            scored.append((trial, numbers))
 
     def beaten(mine: Sequence[Any]) -> bool:
         return any(other != mine and all(theirs >= own for theirs, own in zip(other, mine, strict=True)) for _, other in scored)
