@@ -140,7 +140,7 @@ def fit(
     display.say(
         f"{asked.num_workers} worker{'s' * (asked.num_workers > 1)} with {asked.each} and {asked.threads} thread{'s' * (asked.threads > 1)} each"
     )
-    running = _Fit(trainer)
+    running = Fit(trainer, "train")
     try:
         with environment(
             RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5",
@@ -267,18 +267,18 @@ def _lean_trainer() -> Any:
     return LeanTrainer
 
 
-class _Fit(threading.Thread):
-    """`trainer.fit()` in a thread: in the main one it would take over Ctrl-C and end the process with status 0."""
+class Fit(threading.Thread):
+    """`fit()` of a trainer or tuner of Ray in a thread: in the main one it would take over Ctrl-C and end the process with status 0."""
 
-    def __init__(self, trainer: Any):
-        super().__init__(name="train", daemon=True)
-        self._trainer = trainer
+    def __init__(self, fitted: Any, name: str):
+        super().__init__(name=name, daemon=True)
+        self._fitted = fitted
         self.result: Any = None
         self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self.result = self._trainer.fit()
+            self.result = self._fitted.fit()
         except BaseException as error:  # noqa: BLE001  it belongs to the thread that waits for this one
             self.error = error
 
@@ -371,6 +371,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def one_line(error: BaseException) -> str:
     """What an error says, for a sentence."""
     text = " ".join(str(error).split())
+    if isinstance(error, (InputError, StageError)):
+        return text
     if _is_death(error):
         place = re.search(r"\bip: (\S+)", text)
         return f"its process{f' on node {place[1]}' if place else ''} died, killed or out of memory"

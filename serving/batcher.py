@@ -291,7 +291,7 @@ class Batcher:
         good = self._isolate(items, bad)
         self._running_since = None
         seconds = time.perf_counter() - started
-        self._failures = 0 if good else self._failures + 1
+        self._failures = 0 if good else self._failures + bool(bad)  # neither: nobody waits any more
         _settle(bad)  # after it was counted, so that who hears of it can ask whether it was the third
         if not good:
             return

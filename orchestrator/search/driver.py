@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import training
-from orchestrator.errors import InputError, StageError
+from orchestrator.errors import StageError
 from orchestrator.progress import Display
 from orchestrator.records import TrialRecord
 from orchestrator.search import searchers, trial
@@ -84,7 +83,7 @@ class Driver:
                 verbose=0,
             ),
         )
-        fit = _Fit(tuner)
+        fit = training.Fit(tuner, "tune")
         try:
             with training.environment(**ENVIRONMENT):
                 fit.start()
@@ -209,21 +208,6 @@ class _Interrupted(BaseException):
     """Ends Tune's loop at once, without its waiting for the trials: they can be killed at any time."""
 
 
-class _Fit(threading.Thread):
-    """`tuner.fit()` in a thread: in the main one it would take over Ctrl-C."""
-
-    def __init__(self, tuner: Any):
-        super().__init__(name="tune", daemon=True)
-        self._tuner = tuner
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self._tuner.fit()
-        except BaseException as error:  # noqa: BLE001  it belongs to the thread that waits for this one
-            self.error = error
-
-
 def _callback(driver: Driver) -> Any:
     from ray.tune import Callback
 
@@ -307,6 +291,4 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
 def _cause(error: BaseException | None) -> str:
     inner = getattr(error, "cause", None)  # of what Ray has wrapped
     error = inner if isinstance(inner, BaseException) else error
-    if isinstance(error, (InputError, StageError)):
-        return str(error)
     return training.one_line(error) if error is not None else "it failed without saying why"

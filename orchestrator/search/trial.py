@@ -28,11 +28,8 @@ from orchestrator.errors import Diverged, InputError, StageError
 from orchestrator.progress import Silent
 from orchestrator.records import TrainRecord
 from orchestrator.search import warm
-from orchestrator.search.space import data_key as variant
-from orchestrator.search.sweep import Sweep, killed, note_out_of_memory, read_state, release
+from orchestrator.search.sweep import Sweep, killed, read_state, release
 from orchestrator.storage import Folder
-
-__all__ = ["Orderly", "Report", "Sweep", "note_out_of_memory", "read_state", "release", "run", "trainable", "variant", "write_bundle"]
 
 MOST_HALVINGS = 5
 STOP_TIMEOUT_S = 120.0
@@ -53,7 +50,7 @@ class Unforeseen(StageError):
 
 
 def trainable(config: dict[str, Any], *, sweep: Sweep) -> None:
-    """What Ray Tune calls with {"sample": …, "number": …, "origin": …}, as `tune.with_parameters(trainable, sweep=sweep)`."""
+    """What Ray Tune calls with {"sample": …, "number": …, "origin": …}; `sweep` is bound by the driver."""
     began = time.perf_counter()
     from ray import tune
 
@@ -124,7 +121,7 @@ def run(
         trial.fail(error)
         if isinstance(error, (InputError, StageError)):
             raise type(error)(str(error)) from None
-        raise Unforeseen(_one_line(error)) from None
+        raise Unforeseen(training.one_line(error)) from None
 
 
 def write_bundle(sweep: Sweep, folder: Folder, step: int) -> TrainRecord:
@@ -243,7 +240,7 @@ class _Trial:
     def fail(self, error: Exception) -> None:
         """Writes why it failed. A training that left the finite numbers is not tried again."""
         (self.folder / "failure.log").write_bytes("".join(traceback.format_exception(error)).encode())
-        self.note(status="failed", error=_one_line(error), final=isinstance(error, Diverged))
+        self.note(status="failed", error=training.one_line(error), final=isinstance(error, Diverged))
 
     # ---- where it goes on from -------------------------------------------------------------------------------
     def _foreign(self) -> bool:
@@ -278,7 +275,7 @@ class _Trial:
                 raise
             if self.halvings >= MOST_HALVINGS:
                 raise StageError(
-                    f"Memory ran out, with micro-batches of {self._tokens()} padded tokens too: {_one_line(error)}. "
+                    f"Memory ran out, with micro-batches of {self._tokens()} padded tokens too: {training.one_line(error)}. "
                     "Lower task.max_length or search.max_concurrent_trials, or choose a smaller model."
                 ) from error
             return False
@@ -500,8 +497,3 @@ def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, (InputError, StageError)) else f"{type(error).__name__}: {text[:300]}{'…' if len(text) > 300 else ''}"

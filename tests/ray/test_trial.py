@@ -12,7 +12,7 @@ from orchestrator import bundle
 from orchestrator.config import JobConfig
 from orchestrator.search import trial
 from orchestrator.search.space import Space, data_key
-from orchestrator.search.sweep import Sweep
+from orchestrator.search.sweep import Sweep, read_state
 from orchestrator.storage import Folder
 
 RATE = "training.learning_rate"
@@ -95,7 +95,7 @@ def test_a_trial_with_workers_is_one_with_one_worker_and_stops_in_order(sweep: C
     assert ray.available_resources()["CPU"] == 2
     assert {group["state"] for group in ray.util.placement_group_table().values()} <= {"REMOVED"}
     first, second = (ours.trial_folder(config(number, rate)) for number, rate in enumerate((2e-3, 1e-3)))
-    states = [trial.read_state(folder) for folder in (first, second)]
+    states = [read_state(folder) for folder in (first, second)]
     assert [state and state["status"] for state in states] == ["stopped", "done"]
     assert len(losses(first)) == 4
     assert len(losses(second)) == EPOCHS * STEPS
@@ -115,6 +115,6 @@ def test_a_trial_whose_rows_are_too_many_to_keep_streams_them_in_the_same_order(
     for rate in (2e-3, 1e-3):
         assert losses(streamed.trial_folder(config(0, rate))) == losses(kept.trial_folder(config(0, rate)))
     assert [result.metrics["accuracy"] for result in results] == [reports[rate][-1]["accuracy"] for rate in (2e-3, 1e-3)]
-    states = [trial.read_state(streamed.trial_folder(config(0, rate))) for rate in (2e-3, 1e-3)]
+    states = [read_state(streamed.trial_folder(config(0, rate))) for rate in (2e-3, 1e-3)]
     assert [state and state["warm"] for state in states] == [False, True]
     assert len({state and state["pid"] for state in states}) == 1

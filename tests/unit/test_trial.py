@@ -15,7 +15,7 @@ from orchestrator.errors import Diverged, InputError, StageError
 from orchestrator.predictor import Predictor
 from orchestrator.search import trial, warm
 from orchestrator.search.space import Space, data_key
-from orchestrator.search.sweep import Sweep
+from orchestrator.search.sweep import Sweep, note_out_of_memory, read_state
 from orchestrator.storage import Folder
 from tests.fixtures.tiny import text_base
 from tests.ray.conftest import WORDS, write_reviews
@@ -136,7 +136,7 @@ def test_a_trial_reports_by_the_sweeps_clock_and_is_the_same_first_or_fifth_in_a
     assert ear.heard[1]["train_loss"] == pytest.approx(sum(losses(folder)[2:4]) / 2)
     best = max(ear.heard, key=lambda one: one[sweep().objective])
     assert ear.heard[-1]["best_value"] == best[sweep().objective]
-    state = trial.read_state(folder)
+    state = read_state(folder)
     assert state is not None
     assert (state["status"], state["number"], state["sample"], state["attempts"]) == ("done", 3, plain, 1)
     assert JobConfig.parse((folder / "job.json").read_json()).training.learning_rate == 3e-3
@@ -173,7 +173,7 @@ def test_a_stopped_trial_writes_no_more_and_goes_on_as_if_it_had_not_been(sweep:
     ear, folder = go(sweep(), sample, most=after)
     assert scores(ear) == scores(whole)[:after]
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
-    state = trial.read_state(folder)
+    state = read_state(folder)
     assert state is not None
     assert state["status"] == "stopped"
     saved = checkpoints.at(folder, ear.heard[-1]["best_step"])
@@ -182,7 +182,7 @@ def test_a_stopped_trial_writes_no_more_and_goes_on_as_if_it_had_not_been(sweep:
     rest, folder = go(sweep(), sample)
     assert scores(rest) == scores(whole)  # what it had reported up to its checkpoint, then the rest
     assert losses(folder) == losses(never)
-    state = trial.read_state(folder)
+    state = read_state(folder)
     assert state is not None
     assert (state["status"], state["attempts"]) == ("done", 2)
     assert state["seconds"] > ear.heard[-1]["seconds"]
@@ -268,7 +268,7 @@ def test_where_memory_runs_out_the_micro_batch_is_halved_and_nothing_else_change
     assert [one["micro_batch_halvings"] for one in ear.heard] == [0, 0, 0, 0, 2, 2, 2]
     assert losses(folder) == pytest.approx(losses(never), abs=1e-5)
     assert [one["accuracy"] for one in ear.heard] == [one["accuracy"] for one in whole.heard]
-    state = trial.read_state(folder)
+    state = read_state(folder)
     assert state is not None
     assert (state["halvings"], state["status"]) == (2, "done")
     replayed, _ = go(sweep(), sample)
@@ -281,13 +281,13 @@ def test_a_process_killed_for_memory_starts_smaller_and_five_halvings_are_the_en
 ) -> None:
     sample = {RATE: 3e-3, "model.lora": None}
     _, folder = go(sweep(), sample, most=1)
-    assert [trial.note_out_of_memory(folder), trial.note_out_of_memory(folder)] == [1, 2]
+    assert [note_out_of_memory(folder), note_out_of_memory(folder)] == [1, 2]
     small_memory(1)
     with pytest.raises(
         StageError, match=rf"^Memory ran out, with micro-batches of {step.CPU_TOKENS >> 5} padded tokens too: OutOfMemoryError"
     ):
         go(sweep(), sample)
-    state = trial.read_state(folder)
+    state = read_state(folder)
     assert state is not None
     assert (state["halvings"], state["status"]) == (3, "failed")
 
@@ -300,7 +300,7 @@ def test_a_training_that_leaves_the_numbers_fails_with_a_line_and_is_not_tried_a
         go(ours, {RATE: 1e38})
     folder = ours.trial_folder(config({RATE: 1e38}))
     assert "Traceback" in (folder / "failure.log").read_bytes().decode()
-    state = trial.read_state(folder)
+    state = read_state(folder)
     assert state is not None
     assert (state["status"], state["error"]) == ("failed", str(raised.value))
     monkeypatch.setattr(loop, "train", lambda *_, **__: pytest.fail("it was trained again"))
