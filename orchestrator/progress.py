@@ -103,7 +103,7 @@ class Now:
         if self.done == self.total:
             return ""
         left = max(0.0, self.ends - now) if self.ends is not None else self.pace.left(self.total) if self.pace else None
-        return f"{duration(left)} left" if left is not None else ""
+        return f"{duration(left)} left" if left else ""  # nothing where it takes longer than was thought
 
 
 class Stages:

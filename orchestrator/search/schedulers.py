@@ -90,9 +90,11 @@ class Clocked:
 
 
 class Halving(Clocked, AsyncHyperBandScheduler):
-    """Asynchronous successive halving (Li et al. 2020, arXiv 1810.05934)."""
+    """Asynchronous successive halving (Li et al. 2020, arXiv 1810.05934). After `max_t` validations nobody is stopped any more."""
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        if self._timed(result).get(CLOCK, 0) > self._max_t:
+            return TrialScheduler.CONTINUE
         action = super().on_trial_result(tune_controller, trial, result)
         return TrialScheduler.CONTINUE if is_default(trial) else action
 

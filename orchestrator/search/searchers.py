@@ -82,8 +82,8 @@ def scheduler(space: Space, rows: int, *, schedule: Folder | None = None) -> Tri
     if name == "hyperband":
         return schedulers.Bands(max_t=last, reduction_factor=search.reduction_factor, **common)
     return schedulers.Halving(
-        max_t=last,
-        grace_period=min(last, _count(search.grace, space, rows)),
+        max_t=last - 1,  # at its last validation a trial has all but ended: to stop it there saves nothing
+        grace_period=min(last - 1, _count(search.grace, space, rows)),
         reduction_factor=search.reduction_factor,
         stop_last_trials=False,
         **common,

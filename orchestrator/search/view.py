@@ -75,7 +75,7 @@ class SweepView:
                 )
                 self._draw()
                 return
-            how = f"stopped at rung {trial.rung}" if trial.status == "stopped" else "done"
+            how = f"stopped at rung {trial.rung + 1}" if trial.status == "stopped" else "done"
             best = f"best {self._scores(trial.best)} at {_epoch(trial.best)}" if trial.best else "no score"
             self._draw([f"trial {trial.number} {how} after {duration(trial.seconds)}: {best} ({self._setting(trial)})"])
 

@@ -270,7 +270,8 @@ def test_halving_judges_at_its_rungs_whatever_the_batch_size_makes_of_the_rows()
     assert sweep.report(trials[2], 1.0, 0.96) == TrialScheduler.CONTINUE
     assert sweep.report(trials[2], 3.0, 0.9) == TrialScheduler.STOP
     assert sweep.report(trials[3], 1.0, 0.99) == TrialScheduler.CONTINUE
-    assert sweep.report(trials[3], 9.0, 0.1) == TrialScheduler.CONTINUE, "it has ended by itself"
+    for trial, accuracy in ((trials[3], 0.1), (trials[1], 0.95), (trials[3], 0.1)):
+        assert sweep.report(trial, 9.0, accuracy) == TrialScheduler.CONTINUE, "it has all but ended by itself"
     assert searchers.rungs(space(RATE), ROWS) == (150, 750)
     assert searchers.rungs(space(RATE, grace=1), ROWS) == (750,)
 

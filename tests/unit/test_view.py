@@ -106,7 +106,7 @@ def test_news_are_each_new_best_and_each_end(shown, clock):
         "trial 0: f1 0.7 at epoch 1, the best so far",
         "trial 0: f1 0.8 at epoch 3, the best so far",
         "trial 0 done after 4.2 s: best f1 0.8 at epoch 3 (the job as it is written)",
-        "trial 1 stopped at rung 0 after 2.0 s: best f1 0.5 at epoch 1 (learning_rate 1e-4, lora r=4)",
+        "trial 1 stopped at rung 1 after 2.0 s: best f1 0.5 at epoch 1 (learning_rate 1e-4, lora r=4)",
     ]
 
 
