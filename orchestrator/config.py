@@ -58,7 +58,7 @@ class DataSection(Schema):
     columns: dict[str, str] = {}
     """Role -> column of the files, for example {text: review, label: stars}; a role not named is its own column."""
     format: Literal["csv", "tsv", "jsonl", "json", "parquet", "arrow", "folder"] | None = None
-    """None: by the ending of the file. `folder`: text files, one folder per class."""
+    """None: by the ending of the file. `folder`: texts, images or sounds, one folder per class."""
     delimiter: str | None = None
     """Between the fields of a line; not set: comma for csv, tab for tsv."""
     header: bool = True
@@ -255,8 +255,8 @@ class ServingSection(Schema):
     """Padded tokens that go through the model at once."""
     max_queue: Positive = 1024
     """Rows waiting in a replica; beyond them requests are answered 429."""
-    max_body_bytes: Positive = 2_000_000
-    """Largest request; beyond it the answer is 413."""
+    max_body_bytes: Positive | None = None
+    """Largest request; beyond it the answer is 413. None: 2 MB for texts, 20 MB for images, 50 MB for sounds."""
     max_inputs: Positive = 1024
     """Rows in one request; beyond them it is answered 413."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 60.0

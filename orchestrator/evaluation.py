@@ -13,10 +13,11 @@ from orchestrator import bundle as bundles
 from orchestrator.batch_prediction import predict
 from orchestrator.config import JobConfig
 from orchestrator.errors import StageError
-from orchestrator.predictor import TOKENS_PER_BATCH
+from orchestrator.predictor import TOKENS_PER_BATCH, Losses
 from orchestrator.progress import Display
 from orchestrator.records import EvaluateRecord, PreparedData
 from orchestrator.storage import Folder
+from orchestrator.tasks.base import Prediction, Row, Task
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "predict", "read_predictions"]
 
 SPLITS = ("validation", "test")
-CHUNK_ROWS = 512
-"""Rows an actor takes at once: enough to sort by length, few enough to show progress."""
+READ_ROWS = 512
+"""Rows of a file of predictions that are read at once."""
 
 
 def evaluate(job: JobConfig, prepared: PreparedData, bundle_uri: str, folder: Folder, display: Display) -> EvaluateRecord:
@@ -34,15 +35,10 @@ def evaluate(job: JobConfig, prepared: PreparedData, bundle_uri: str, folder: Fo
 
     Writes `<split>.parquet` (row_id, roles, prediction) for each split that has rows, and the task's tables as
     `<split>-<table>.csv`, into `folder`. Memory does not grow with the splits, but for the arrays that metrics need.
+    Where the task says `most_predicted`, only so many rows of a split are predicted; the loss is of all.
     """
     bundle = bundles.load(bundle_uri)
-    chunks = [
-        {"split": split, "file": f"{prepared.root}/{file.path}", "start": start, "rows": min(CHUNK_ROWS, file.rows - start)}
-        for split in SPLITS
-        if split in prepared.splits
-        for file in prepared.splits[split].files
-        for start in range(0, file.rows, CHUNK_ROWS)
-    ]
+    chunks = [chunk for split in SPLITS if split in prepared.splits for chunk in _chunks(prepared, split, bundle.task)]
     if not chunks:
         display.warn("Neither the validation nor the test split has rows, so the model is not scored.")
         return EvaluateRecord(metrics={}, predictions={})
@@ -62,9 +58,10 @@ def evaluate(job: JobConfig, prepared: PreparedData, bundle_uri: str, folder: Fo
         )
 
     predictions: dict[str, str] = {}
+    losses = {split: Losses() for split in SPLITS}
     with contextlib.ExitStack() as stack:
         open_sinks: dict[str, sinks.Sink] = {}
-        for split, table in _splits(actors.tables(build, job.resources.start_timeout_s), total, display):
+        for split, table in _splits(actors.tables(build, job.resources.start_timeout_s), total, display, losses):
             if split not in open_sinks:
                 target = folder / f"{split}.parquet"
                 open_sinks[split] = stack.enter_context(sinks.open_sink(target, table.schema))
@@ -75,9 +72,10 @@ def evaluate(job: JobConfig, prepared: PreparedData, bundle_uri: str, folder: Fo
     tables: dict[str, str] = {}
     for split, uri in predictions.items():
         predicted, rows = _Stored(uri, "prediction"), _Stored(uri, "row")
-        if len(rows) != prepared.splits[split].rows:
-            raise StageError(f"The {split} split has {prepared.splits[split].rows:,} rows, but {len(rows):,} were predicted.")
-        metrics[split] = bundle.task.score(predicted, rows, job.evaluation.metrics)
+        asked = min(prepared.splits[split].rows, bundle.task.most_predicted or prepared.splits[split].rows)
+        if len(rows) != asked:
+            raise StageError(f"{asked:,} rows of the {split} split were to be predicted, but {len(rows):,} were.")
+        metrics[split] = _scores(bundle.task, predicted, rows, losses[split], job.evaluation.metrics)
         for name, lines in bundle.task.tables(predicted, rows).items():
             target = folder / f"{split}-{name}.csv"
             _write_table(target, lines)
@@ -88,6 +86,30 @@ def evaluate(job: JobConfig, prepared: PreparedData, bundle_uri: str, folder: Fo
 def read_predictions(uri: str, limit: int | None = None) -> list[dict[str, Any]]:
     """The first `limit` (None: all) of a file of predictions: row_id, row (role -> value) and prediction."""
     return list(itertools.islice(_stored(uri), limit))
+
+
+def _chunks(prepared: PreparedData, split: str, task: Task) -> Iterator[dict[str, Any]]:
+    """What an actor takes at once: enough rows to sort by length, few enough to show progress."""
+    left = task.most_predicted
+    for file in prepared.splits[split].files:
+        start = 0
+        while start < file.rows:
+            rows = min(task.rows_at_once, file.rows - start, left or file.rows)
+            yield {"split": split, "file": f"{prepared.root}/{file.path}", "start": start, "rows": rows, "predict": left != 0}
+            start += rows
+            left = None if left is None else max(0, left - rows)
+
+
+def _scores(
+    task: Task, predictions: Sequence[Prediction], rows: Sequence[Row], losses: Losses, asked: Sequence[str] | None
+) -> dict[str, float]:
+    """The metrics that the job asks for, else the task's defaults; the loss is always among them."""
+    loss = losses.total / (losses.items or 1.0)
+    more = {**task.of_loss(loss), "loss": loss}
+    if asked is None:
+        return {**task.score(predictions, rows), **more}
+    scored = task.score(predictions, rows, [name for name in asked if name not in more])
+    return {**{name: {**scored, **more}[name] for name in asked if name in {**scored, **more}}, **scored, "loss": loss}
 
 
 class _Stored(Sequence[Any]):
@@ -125,7 +147,7 @@ def _stored(uri: str, part: str | None = None) -> Iterator[dict[str, Any]]:
         names = file.schema_arrow.names
         roles = [name for name in names if name not in ("row_id", "prediction") and not name.startswith("prediction_")]
         columns = {"prediction": ["prediction"], "row": roles}.get(part or "")
-        for batch in file.iter_batches(batch_size=CHUNK_ROWS, columns=columns):
+        for batch in file.iter_batches(batch_size=READ_ROWS, columns=columns):
             for line in batch.to_pylist():
                 entry: dict[str, Any] = {"row_id": line.get("row_id")}
                 entry["row"] = {role: line[role] for role in roles if line.get(role) is not None}
@@ -148,9 +170,13 @@ class _ChunkPredictor:
         for chunk in chunks.to_pylist():
             table = self._read(chunk["file"]).slice(chunk["start"], chunk["rows"])
             rows = [{role: value for role, value in row.items() if role in self._roles and value is not None} for row in table.to_pylist()]
-            for name, values in actors.prediction_columns(self._predictor(rows)).items():
-                table = table.append_column(name, pa.array(values))
-            answers.append(table.append_column("_split", pa.array([chunk["split"]] * len(rows))))
+            losses = Losses()
+            for name, values in actors.prediction_columns(self._predictor.score(rows, losses, predict=chunk["predict"])).items():
+                table = table.append_column(name, pa.array(values, pa.string() if name == "prediction" else None))
+            about = {"split": chunk["split"], "loss": losses.total / len(rows), "items": losses.items / len(rows)}
+            for name, value in about.items():
+                table = table.append_column(f"_{name}", pa.array([value] * len(rows)))
+            answers.append(table)
         return pa.concat_tables(answers, promote_options="default")
 
     def _read(self, uri: str) -> pa.Table:
@@ -162,15 +188,20 @@ class _ChunkPredictor:
         return self._table
 
 
-def _splits(tables: Iterator[pa.Table], total: int, display: Display) -> Iterator[tuple[str, pa.Table]]:
-    """Each table cut by the split its rows belong to, without the column that says so."""
+def _splits(tables: Iterator[pa.Table], total: int, display: Display, losses: dict[str, Losses]) -> Iterator[tuple[str, pa.Table]]:
+    """Each table's predicted rows cut by the split they belong to, without the columns about them; their losses go into `losses`."""
     import pyarrow.compute as pc
 
     done = 0
     display.step(0, total, "rows")
     for table in tables:
         for split in table["_split"].unique().to_pylist():
-            yield split, table.filter(pc.field("_split") == split).drop_columns("_split")
+            some = table.filter(pc.field("_split") == split)
+            losses[split].total += pc.sum(some["_loss"]).as_py()
+            losses[split].items += pc.sum(some["_items"]).as_py()
+            predicted = some.filter(pc.is_valid(pc.field("prediction"))).drop_columns(["_split", "_loss", "_items"])
+            if predicted.num_rows:
+                yield split, predicted
         done += table.num_rows
         display.step(done, total, "rows")
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,13 +41,7 @@ def fetch(package: str, archive: str, sha256: str, target: Path) -> None:
     settings = pip_settings()
     deadline = time.monotonic() + DEADLINE_SECONDS
     reasons = []
-    with httpx.Client(
-        follow_redirects=True,
-        timeout=httpx.Timeout(30.0, connect=10.0),
-        verify=_certificates(settings),
-        proxy=settings.get("proxy") or None,
-        headers={"Accept": "application/vnd.pypi.simple.v1+html, text/html;q=0.9"},
-    ) as client:
+    with _client(settings) as client:
         for place in _places(settings, package):
             try:
                 link = _link(client, place, archive)
@@ -61,6 +55,36 @@ def fetch(package: str, archive: str, sha256: str, target: Path) -> None:
             except (httpx.HTTPError, httpx.InvalidURL, OSError, NotFetched) as error:
                 reasons.append(f"{_shown(place)}: {error or type(error).__name__}")
     raise NotFetched("; ".join(reasons))
+
+
+def download(urls: Sequence[str], sha256: str, target: Path) -> None:
+    """Writes what the first of `urls` that has it holds to `target`, whole or not at all."""
+    import httpx
+
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    reasons = []
+    with _client(pip_settings()) as client:
+        for url in urls:
+            try:
+                _download(client, url, sha256, target, deadline)
+                return
+            except httpx.HTTPStatusError as error:
+                reasons.append(f"{url}: HTTP status {error.response.status_code}")
+            except (httpx.HTTPError, OSError, NotFetched) as error:
+                reasons.append(f"{url}: {error or type(error).__name__}")
+    raise NotFetched("; ".join(reasons))
+
+
+def _client(settings: dict[str, str]) -> httpx.Client:
+    import httpx
+
+    return httpx.Client(
+        follow_redirects=True,
+        timeout=httpx.Timeout(30.0, connect=10.0),
+        verify=_certificates(settings),
+        proxy=settings.get("proxy") or None,
+        headers={"Accept": "application/vnd.pypi.simple.v1+html, text/html;q=0.9"},
+    )
 
 
 def pip_settings() -> dict[str, str]:

@@ -183,7 +183,10 @@ def run(run: Run, *, until: Until = "deploy", promote: bool = False, deploy: Dep
     def evaluate() -> EvaluateRecord:
         record = evaluation.evaluate(final.job, prepared, trained.bundle, run.folder / "evaluation", display)
         split = "validation" if record.predictions.get("validation") else "test"
-        golden = evaluation.read_predictions(record.predictions[split], limit=GOLDEN_ROWS)
+        golden = [
+            {"row": prepared.task.self_contained(entry["row"]), "prediction": entry["prediction"]}
+            for entry in evaluation.read_predictions(record.predictions[split], limit=GOLDEN_ROWS)
+        ]
         bundles.complete(Folder(trained.bundle), metrics=record.metrics, golden=golden)
         return record
 

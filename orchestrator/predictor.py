@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from orchestrator import batching, models, processors
@@ -16,8 +17,26 @@ TOKENS_PER_BATCH = 4096
 Setting = Literal["auto", "bf16", "fp16", "fp32"]
 
 
-def forward(task: Task, model: Any, processor: Any, examples: Sequence[Example], *, tokens: int, precision: str) -> list[Any]:
-    """The task's output for each example, in their order.
+@dataclass
+class Losses:
+    """The sum of the losses of examples, and of how many items."""
+
+    total: float = 0.0
+    items: float = 0.0
+
+
+def forward(
+    task: Task,
+    model: Any,
+    processor: Any,
+    examples: Sequence[Example],
+    *,
+    tokens: int,
+    precision: str,
+    losses: Losses | None = None,
+    infer: bool = True,
+) -> list[Any]:
+    """The task's output for each example, in their order (None where not `infer`); adds their losses to `losses`.
 
     Micro-batches of similar length hold at most `tokens` padded tokens; neither they nor the padding change an
     output by more than floating-point noise. `precision` is fp32, bf16 or fp16 (autocast); the model's mode is left as it was.
@@ -34,11 +53,37 @@ def forward(task: Task, model: Any, processor: Any, examples: Sequence[Example],
             for places in batching.micro_batches([task.length(example) for example in examples], tokens):
                 batch = task.collate([examples[place] for place in places], processor)
                 batch = {key: value.to(device) for key, value in batch.items()}
-                for place, output in zip(places, task.infer(model, batch), strict=True):
-                    outputs[place] = output
+                once = model if losses is None else _Once(model)
+                if losses is not None:
+                    loss, items = task.loss(once, batch)
+                    losses.total += float(loss)
+                    losses.items += items
+                if infer:
+                    for place, output in zip(places, task.infer(once, batch), strict=True):
+                        outputs[place] = output
     finally:
         model.train(was_training)
     return outputs
+
+
+class _Once:
+    """A model that remembers its last answer: asked again about the same tensors, it does not compute."""
+
+    def __init__(self, model: Any):
+        self._model, self._inputs, self._output = model, None, None
+
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        given = (*args, *(item for pair in sorted(inputs.items()) for item in pair))
+        if (
+            self._inputs is None
+            or len(given) != len(self._inputs)
+            or any(one is not other for one, other in zip(given, self._inputs, strict=True))
+        ):
+            self._inputs, self._output = given, self._model(*args, **inputs)
+        return self._output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 class Predictor:
@@ -58,7 +103,7 @@ class Predictor:
         trust = bool(bundle.job.get("model", {}).get("trust_remote_code", False))
         self.bundle, self.task, self.tokens_per_batch = bundle, bundle.task, tokens_per_batch
         self.precision = models.hardware_precision(precision)
-        self.processor = processors.load(str(bundle.processor), self.task.modality, trust_remote_code=trust)
+        self.processor = processors.of(self.task, str(bundle.processor), trust_remote_code=trust)
         options = {"trust_remote_code": True} if trust else {}
         with models.quiet():
             model = self.task.model(str(bundle.model), dtype=torch.float32, **options).eval()
@@ -74,6 +119,26 @@ class Predictor:
         encoded = self.encode(rows)
         outputs = iter(self.infer([example for examples in encoded for example in examples]))
         return [self.decode(row, [next(outputs) for _ in examples]) for row, examples in zip(rows, encoded, strict=True)]
+
+    def score(self, rows: Sequence[Row], losses: Losses, *, predict: bool = True) -> list[Prediction | None]:
+        """As calling it, for rows with their targets, whose losses are added to `losses`; without `predict` only that."""
+        encoded = self.task.encode(rows, self.processor)
+        examples = [example for its in encoded for example in its]
+        with self._one_inference:
+            found = iter(
+                forward(
+                    self.task,
+                    self.model,
+                    self.processor,
+                    examples,
+                    tokens=self.tokens_per_batch,
+                    precision=self.precision,
+                    losses=losses,
+                    infer=predict,
+                )
+            )
+        outputs = [[next(found) for _ in its] for its in encoded]
+        return [self.decode(row, its) if predict else None for row, its in zip(rows, outputs, strict=True)]
 
     def encode(self, rows: Sequence[Row]) -> list[list[Example]]:
         """The examples of each clean row; targets in the rows are left out."""

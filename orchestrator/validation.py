@@ -32,12 +32,14 @@ class Validation:
     def __call__(self, model: Any) -> dict[str, float]:
         import torch.distributed as dist
 
-        losses = _WithLoss(self._task)
+        losses = predictor.Losses()
         answers: list[tuple[int, Row, Prediction]] = []
+        most = self._task.most_predicted
         for chunk in self._rows:
-            examples = [example for _, _, its in chunk for example in its]
-            found = iter(predictor.forward(losses, model, self._processor, examples, tokens=self._tokens, precision=self._precision))  # pyright: ignore[reportArgumentType]
-            answers += [(position, row, self._task.decode(row, [next(found) for _ in its])) for position, row, its in chunk]
+            for infer in (True, False):
+                some = [entry for entry in chunk if (most is None or entry[0] < most) == infer]
+                found = iter(self._forward(model, [example for _, _, its in some for example in its], losses, infer))
+                answers += [(position, row, self._task.decode(row, [next(found) for _ in its])) for position, row, its in some if infer]
         part = (answers, losses.total, losses.items)
         if not (dist.is_initialized() and dist.get_world_size() > 1):
             return self._score([part])
@@ -48,46 +50,16 @@ class Validation:
         dist.broadcast_object_list(answer, src=0)
         return answer[0]
 
+    def _forward(self, model: Any, examples: Sequence[Example], losses: predictor.Losses, infer: bool) -> list[Any]:
+        return predictor.forward(
+            self._task, model, self._processor, examples, tokens=self._tokens, precision=self._precision, losses=losses, infer=infer
+        )
+
     def _score(self, parts: Sequence[tuple[list[tuple[int, Row, Prediction]], float, float]]) -> dict[str, float]:
         answers = sorted((answer for part, _, _ in parts for answer in part), key=lambda answer: answer[0])
         rows, predictions = [row for _, row, _ in answers], [prediction for _, _, prediction in answers]
-        metrics = self._task.score(predictions, rows)
-        if missing := [name for name in self._wanted if name not in metrics and name != "loss"]:
-            metrics = {**metrics, **self._task.score(predictions, rows, missing)}
-        return {**metrics, "loss": sum(total for _, total, _ in parts) / (sum(items for _, _, items in parts) or 1.0)}
-
-
-class _WithLoss:
-    """A task whose `infer` adds up the loss of the batch too, in one pass through the model."""
-
-    def __init__(self, task: Task):
-        self._task = task
-        self.length, self.collate = task.length, task.collate
-        self.total = self.items = 0.0
-
-    def infer(self, model: Any, batch: dict[str, Any]) -> list[Any]:
-        once = _Once(model)
-        loss, items = self._task.loss(once, batch)  # pyright: ignore[reportArgumentType]
-        self.total += float(loss)
-        self.items += items
-        return self._task.infer(once, batch)  # pyright: ignore[reportArgumentType]
-
-
-class _Once:
-    """A model that remembers its last answer: asked again about the same tensors, it does not compute."""
-
-    def __init__(self, model: Any):
-        self._model, self._inputs, self._output = model, None, None
-
-    def __call__(self, *args: Any, **inputs: Any) -> Any:
-        given = (*args, *(item for pair in sorted(inputs.items()) for item in pair))
-        if (
-            self._inputs is None
-            or len(given) != len(self._inputs)
-            or any(one is not other for one, other in zip(given, self._inputs, strict=True))
-        ):
-            self._inputs, self._output = given, self._model(*args, **inputs)
-        return self._output
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        loss = sum(total for _, total, _ in parts) / (sum(items for _, _, items in parts) or 1.0)
+        metrics = {**self._task.score(predictions, rows), **self._task.of_loss(loss), "loss": loss}
+        if missing := [name for name in self._wanted if name not in metrics]:
+            metrics = {**self._task.score(predictions, rows, missing), **metrics}
+        return metrics

@@ -81,7 +81,7 @@ def run(work: Work) -> dict[str, Any] | None:
     seed(settings.seed)
 
     base = models.resolve(section.base, section.revision)
-    processor = processors.load(base, task.modality, section.trust_remote_code, section.revision)
+    processor = processors.of(task, base, trust_remote_code=section.trust_remote_code, revision=section.revision)
     batch = settings.global_batch(world)
     encoding = Encoding.of(
         work.prepared,

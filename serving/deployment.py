@@ -105,11 +105,9 @@ def load(spec: Spec, replica: str) -> ServedModel:
         "precision": predictor.precision,
         "replica": replica,
         "ready_after_seconds": {part: round(value, 3) for part, value in seconds.items()},
-        "limits": section.model_dump(
-            mode="json", include={"max_body_bytes", "max_inputs", "max_queue", "max_batch_tokens", "request_timeout_s"}
-        ),
+        "limits": section.model_dump(mode="json", include={"max_inputs", "max_queue", "max_batch_tokens", "request_timeout_s"}),
     }
-    return ServedModel(
+    served = ServedModel(
         name=spec.name,
         version=spec.version,
         digest=bundle.digest,
@@ -123,6 +121,8 @@ def load(spec: Spec, replica: str) -> ServedModel:
         probe_rows=probe,
         stuck_after_s=2 * section.request_timeout_s,
     )
+    info["limits"]["max_body_bytes"] = served.max_body_bytes
+    return served
 
 
 def _warm_up(predictor: Predictor, probe: list[dict[str, Any]], tokens: int) -> None:

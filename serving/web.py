@@ -29,6 +29,8 @@ from serving.problem import Problem, from_batcher
 
 logger = logging.getLogger("serving")
 
+MOST_BODY_BYTES = {"text": 2_000_000, "image": 20_000_000, "audio": 50_000_000}
+"""Of a request, by what the model reads, where the job does not say."""
 MAX_SENTENCE = 1000
 """Characters of an error's sentence: it may quote what the client sent."""
 TIMEOUT_HEADER = "x-request-timeout-seconds"
@@ -70,7 +72,14 @@ class ServedModel:
             raise
 
     async def json(self, request: Request) -> Any:
-        return await body.read_json(request, self.section.max_body_bytes)
+        return await body.read_json(request, self.max_body_bytes)
+
+    async def content(self, request: Request) -> bytes:
+        return await body.read(request, self.max_body_bytes)
+
+    @property
+    def max_body_bytes(self) -> int:
+        return self.section.max_body_bytes or MOST_BODY_BYTES[self.task.modality]
 
     async def predict(self, request: Request, rows: Sequence[Row]) -> Answer:
         if len(rows) > self.section.max_inputs:

@@ -34,6 +34,12 @@ FORMATS = {
     ".arrow": "arrow",
     ".feather": "arrow",
 }
+MEDIA = {
+    **dict.fromkeys((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"), "image"),
+    **dict.fromkeys((".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff"), "audio"),
+    ".txt": "text",
+}
+"""What a file of a folder per class is, by its ending."""
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 """What the splits of a saved `datasets.DatasetDict` are called."""
@@ -53,6 +59,13 @@ class SourceFile(Schema):
     modified_ns: int | None = None
     label: str | None = None
     """The class, for `folder` data: the name of the file's folder."""
+
+    def beside(self, path: str) -> str:
+        """The path or URI of a file that this one names: relative to the folder that this one lies in."""
+        if "://" in path or path.startswith(("/", "data:")):
+            return path
+        folder = self.uri.rpartition("/")[0]
+        return f"{folder}/{path}" if "://" in self.uri else os.path.normpath(f"{folder}/{path}")
 
     @property
     def is_local(self) -> bool:
@@ -202,7 +215,7 @@ def _found(section: DataSection, where: str, prefix: str, info: pafs.FileInfo) -
     kind = section.format or kind
     if kind == "folder":
         raise InputError(
-            f"{where}: {info.path!r} is a file; format folder needs a folder that has one folder of text files for each class."
+            f"{where}: {info.path!r} is a file; format folder needs a folder that has one folder of texts, images or sounds for each class."
         )
     if kind is None:
         known = ", ".join(FORMATS)
@@ -230,13 +243,17 @@ def _folder(section: DataSection, split: str, filesystem: pafs.FileSystem, prefi
     listed = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
     files = [info for info in listed if info.type == pafs.FileType.File and not _hidden(_relative(info.path, path))]
     files.sort(key=lambda info: info.path)
-    texts = [info for info in files if info.base_name.lower().removesuffix(".gz").endswith(".txt") and "/" in _relative(info.path, path)]
-    if section.format == "folder" or (section.format is None and texts and len(texts) == len(files)):
-        chosen = files if section.format == "folder" else texts
+    kinds = {media_kind(info.base_name) for info in files}
+    nested = all("/" in _relative(info.path, path) for info in files)
+    if section.format == "folder" or (section.format is None and files and nested and None not in kinds):
+        chosen = files
+        if len(kinds) > 1:
+            listed = ", ".join(sorted(kind or "something else" for kind in kinds))
+            raise InputError(f"{where}: the folders of {asked!r} mix {listed}; format folder takes files of one kind.")
         loose = [info.base_name for info in chosen if "/" not in _relative(info.path, path)]
         if loose:
             raise InputError(
-                f"{where}: {loose[0]!r} lies in {asked!r} itself; format folder needs one folder for each class, with the texts in it."
+                f"{where}: {loose[0]!r} lies in {asked!r} itself; format folder needs one folder for each class, with its files in it."
             )
         if not chosen:
             raise InputError(f"{where}: there are no files in the folders of {asked!r}.")
@@ -261,6 +278,11 @@ def _folder(section: DataSection, split: str, filesystem: pafs.FileSystem, prefi
         hint = f"a glob such as {asked.rstrip('/')}/*{usual}" if usual else "the files, and their format with data.format"
         raise InputError(f"{where}: in the folder {asked!r}, {_relative(other[0].path, path)!r} has no known format; name {hint}.")
     return [_found(section, where, prefix, info) for info in files]
+
+
+def media_kind(name: str) -> str | None:
+    """text, image or audio by the ending of a file's name; None for any other."""
+    return MEDIA.get(posixpath.splitext(name.lower().removesuffix(".gz"))[1])
 
 
 def _relative(path: str, folder: str) -> str:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from orchestrator.config import DataSection
 from orchestrator.data.encodings import bad_bytes, known_encoding, looks_like_utf16
-from orchestrator.data.files import SourceFile
+from orchestrator.data.files import SourceFile, media_kind
 from orchestrator.errors import InputError
 
 LINE_LIMIT = 1 << 25
@@ -226,9 +226,10 @@ def _some(source: Iterator[str], characters: int = 1 << 16) -> str:
     return "".join(parts)
 
 
-def _texts(file: SourceFile, section: DataSection, columns: list[str] | None, required: Sequence[str]) -> Iterator[Record]:
-    """One text file: one row, its folder is the class."""
-    values = {"text": "".join(lines(file, section)), "label": file.label}
+def _of_class(file: SourceFile, section: DataSection, columns: list[str] | None, required: Sequence[str]) -> Iterator[Record]:
+    """One text, image or sound: one row, its folder is the class."""
+    kind = media_kind(file.uri) or "text"
+    values = {kind: "".join(lines(file, section)) if kind == "text" else file.uri, "label": file.label}
     _require(file, required, list(values))
     yield 1, values if columns is None else {name: value for name, value in values.items() if name in columns}
 
@@ -307,5 +308,5 @@ _READERS: dict[str, Callable[[SourceFile, DataSection, list[str] | None, Sequenc
     "json": _json,
     "parquet": _parquet,
     "arrow": _arrow,
-    "folder": _texts,
+    "folder": _of_class,
 }

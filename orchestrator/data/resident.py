@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orchestrator.data.stream import ENCODE_ROWS, Encoding, Plan, Unpacker, lengths
+from orchestrator.data.stream import Encoding, Plan, Unpacker, lengths
 from orchestrator.loop import Share
 from orchestrator.tasks.base import Example, Row
 
@@ -35,6 +35,8 @@ class Resident:
     """The rows themselves, where they were asked for."""
     lengths: np.ndarray
     """By which rows are grouped."""
+    rows_at_once: int
+    """That were encoded together."""
 
     @classmethod
     def read(cls, encoding: Encoding, *, with_rows: bool = False) -> Resident | str:
@@ -43,15 +45,15 @@ class Resident:
         if total > RESIDENT_ROWS:
             return f"{total:,} rows are more than the {RESIDENT_ROWS:,} that a trial keeps in memory, so they are streamed"
         size = 0
-        made = cls(encoding.counts, [], [], [], np.zeros(total, dtype=np.int64))
+        made = cls(encoding.counts, [], [], [], np.zeros(total, dtype=np.int64), encoding.task.rows_at_once)
         for file, count in enumerate(encoding.counts):
             if not count:
                 continue
             table = encoding.read(0, file, 0, total)
             first = len(made.row_ids)
             made.lengths[first : first + count] = lengths(table)
-            for low in range(0, count, ENCODE_ROWS):
-                encoded = encoding.encode(table.slice(low, ENCODE_ROWS), with_rows)
+            for low in range(0, count, made.rows_at_once):
+                encoded = encoding.encode(table.slice(low, made.rows_at_once), with_rows)
                 size += encoded.nbytes
                 if size > RESIDENT_BYTES:
                     return f"more than the {RESIDENT_BYTES / 1e6:.0f} MB of encoded rows that a trial keeps in memory, so they are streamed"
@@ -96,7 +98,7 @@ class ResidentRows:
 
     def __iter__(self) -> Iterator[list[tuple[int, Row, list[Example]]]]:
         unpacker = Unpacker()
-        for first, last in _chunks(self._split.counts):
+        for first, last in _chunks(self._split.counts, self._split.rows_at_once):
             yield [
                 (place, pickle.loads(self._split.rows[place]), unpacker.unpack(self._split.examples[place])) for place in range(first, last)
             ]
@@ -112,8 +114,8 @@ def _in_order(plan: Plan, lengths: np.ndarray) -> list[int]:
     return order.tolist()
 
 
-def _chunks(counts: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+def _chunks(counts: tuple[int, ...], at_once: int) -> Iterator[tuple[int, int]]:
     """First and last+1 row of what a task encodes at once: the model sees chunks of the same rows as in `stream.SplitRows`."""
     for start, stop in itertools.pairwise(itertools.accumulate(counts, initial=0)):
-        for first in range(start, stop, ENCODE_ROWS):
-            yield first, min(first + ENCODE_ROWS, stop)
+        for first in range(start, stop, at_once):
+            yield first, min(first + at_once, stop)

@@ -72,6 +72,20 @@ def peek(section: DataSection, split: str = "train", rows: int = 200, *, found: 
     return Peek(columns, tuple(good), tuple(bad), files[0].format, tuple(files))
 
 
+def located(file: SourceFile, value: Any) -> Any:
+    """What stands in a column of images or sounds, with a path in it made one that can be opened from anywhere."""
+    if isinstance(value, str):
+        return file.beside(value)
+    if isinstance(value, dict) and isinstance(value.get("path"), str) and value.get("bytes") is None:
+        return {**value, "path": file.beside(value["path"])}
+    return value
+
+
+def media(roles: Mapping[str, Column], mapping: Mapping[str, str]) -> tuple[str, ...]:
+    """The columns in which images or sounds stand."""
+    return tuple(name for role, name in mapping.items() if roles[role].kind in ("image", "audio"))
+
+
 def no_rows(split: str, files: Sequence[SourceFile]) -> str:
     """The sentence for a split whose files hold nothing."""
     if len(files) == 1:
@@ -124,11 +138,11 @@ def _no_column(section: DataSection, where: str, role: str, column: Column, name
 
 
 # ---- with Ray Data -------------------------------------------------------------------------------------------
-def read(section: DataSection, split: str = "train") -> ray.data.Dataset:
+def read(section: DataSection, split: str = "train", media: Sequence[str] = ()) -> ray.data.Dataset:
     """A split's rows as a Ray Data set: the files' columns, `row_id`, and `_bad`, in blocks of bounded size.
 
     `row_id` is "file.csv:17". `_bad` is null, or for a row that can't be read a JSON object with column, expected and
-    found (its columns are null). A column whose values are of several kinds comes as JSON text. What is
+    found (its columns are null). Paths in the columns `media` are made such as can be opened from anywhere. A column whose values are of several kinds comes as JSON text. What is
     wrong with a file is raised as `InputError` by the task that reads it.
     """
     from orchestrator.data.datasource import read_tasks
@@ -137,7 +151,7 @@ def read(section: DataSection, split: str = "train") -> ray.data.Dataset:
     if split not in found:
         raise InputError(f"data.{split} names no files.")
     files = found[split]
-    work = [_Blocks(section, tuple(some)) for some in tasks_of(files)]
+    work = [_Blocks(section, tuple(some), tuple(media)) for some in tasks_of(files)]
     return read_tasks("Files", work, here=any(file.is_local for file in files))
 
 
@@ -158,12 +172,15 @@ def tasks_of(files: Sequence[SourceFile]) -> list[list[SourceFile]]:
 class _Blocks:
     section: DataSection
     files: tuple[SourceFile, ...]
+    media: tuple[str, ...]
 
     def __call__(self) -> Iterator[pa.Table]:
         for file in self.files:
             rows: list[tuple[int, dict[str, Any] | BadRow]] = []
             size = 0
             for number, values in records(file, self.section):
+                if isinstance(values, dict):
+                    values = {name: located(file, value) if name in self.media else value for name, value in values.items()}
                 rows.append((number, values))
                 size += weight(values) if isinstance(values, dict) else 200
                 if size >= BLOCK_BYTES:

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from orchestrator.config import DataSection
 from orchestrator.data.files import SPLITS, SourceFile
 from orchestrator.data.readers import BadRow, records
-from orchestrator.data.sources import weight
+from orchestrator.data.sources import located, media, weight
 from orchestrator.data.splits import Cuts, hashes
 from orchestrator.errors import InputError
 from orchestrator.storage import Folder
@@ -74,6 +74,7 @@ class Reading:
         columns = [*self.mapping.values()]
         if group is not None and group not in columns:
             columns.append(group)
+        files_in = media(roles, self.mapping)
         held = _Held(self)
         blocks = 0
         for file in self.files:
@@ -82,6 +83,7 @@ class Reading:
                 if isinstance(values, BadRow):
                     held.refuse(file.name, number, row_id, values.column, values.expected, values.found)
                 else:
+                    values |= {name: located(file, values.get(name)) for name in files_in}
                     row = {role: values.get(name) for role, name in self.mapping.items() if role in always or values.get(name) is not None}
                     try:
                         if group is not None and values.get(group) in (None, ""):

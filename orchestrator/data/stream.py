@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import pickle
 import queue
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 
 WINDOW = 50
 """Global batches among which rows are grouped by length, as in `transformers`' LengthGroupedSampler."""
-ENCODE_ROWS = 512
-"""Rows that a task tokenises at once."""
 LEG = 512
 """Files in one pipeline; a longer run is several pipelines, one after the other."""
 OBJECT_STORE = 192 * 2**20
@@ -209,10 +208,15 @@ class Encoding:
         taken = taken[np.argsort(positions[taken])]
         return table.take(pa.array(taken)).append_column("_position", pa.array(positions[taken]))
 
-    def encode(self, table: pa.Table, with_rows: bool) -> pa.Table:
+    def encode(self, table: pa.Table, with_rows: bool, epoch: int = 0) -> pa.Table:
         """Columns row_id, position and examples (pickled: cheap for ragged token lists), and the rows themselves if wanted."""
         rows: list[Row] = table.drop_columns([name for name in ("_position", "_row") if name in table.column_names]).to_pylist()
-        examples = self.task.encode(rows, _processor(self.processor))
+        rows = [{role: value for role, value in row.items() if value is not None} for row in rows]
+        if self.global_batch:
+            seeds = row_seeds(self.seed, epoch, [row["row_id"] for row in rows])
+            examples = self.task.encode_to_train(rows, _processor(self.processor), seeds)
+        else:
+            examples = self.task.encode(rows, _processor(self.processor))
         columns = {
             "row_id": pa.array([row["row_id"] for row in rows], pa.string()),
             "position": table["_position"].combine_chunks(),
@@ -221,6 +225,11 @@ class Encoding:
         if with_rows:
             columns["row"] = pa.array([pickle.dumps(row, protocol=5) for row in rows], pa.large_binary())
         return pa.table(columns)
+
+
+def row_seeds(seed: int, epoch: int, row_ids: Sequence[str]) -> list[int]:
+    """What is random about a row in an epoch is drawn from: 64 bits, the same wherever the row is encoded."""
+    return [int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}/{row_id}".encode(), digest_size=8).digest(), "little") for row_id in row_ids]
 
 
 @functools.lru_cache(maxsize=2)
@@ -253,8 +262,8 @@ def _run_part(batch: pa.Table, *, encoding: Encoding, parts: Sequence[Part], wit
     for index in batch["item"].to_pylist():
         part = parts[index]
         table = encoding.read(part.epoch, part.file, part.start, part.stop)
-        for low in range(0, len(table), ENCODE_ROWS):
-            yield encoding.encode(table.slice(low, ENCODE_ROWS), with_rows)
+        for low in range(0, len(table), encoding.task.rows_at_once):
+            yield encoding.encode(table.slice(low, encoding.task.rows_at_once), with_rows, part.epoch)
 
 
 def pipeline(

@@ -66,7 +66,7 @@ def processor(task: Task, section: ModelSection) -> Any:
 
     def load() -> Any:
         base = models.resolve(section.base, section.revision)
-        return processors.load(base, task.modality, section.trust_remote_code, section.revision)
+        return processors.of(task, base, trust_remote_code=section.trust_remote_code, revision=section.revision)
 
     return _processors.get(_processor_key(task, section), load)
 
@@ -86,7 +86,7 @@ def model(task: Task, section: ModelSection, *, precision: Precision, seed: int)
 
 
 def split(prepared: PreparedData, name: str, section: ModelSection, *, with_rows: bool = False) -> Any:
-    """A `Resident` split; None where it is too large to keep, which the log says."""
+    """A `Resident` split; None where it is too large to keep, which the log says, or each epoch encodes it anew."""
     from orchestrator.data.resident import Resident
     from orchestrator.data.stream import Encoding
 
@@ -97,6 +97,8 @@ def split(prepared: PreparedData, name: str, section: ModelSection, *, with_rows
             return None
         return found
 
+    if prepared.task.augments and not with_rows:
+        return None
     key = (prepared.root, prepared.fingerprint, digest(prepared.task.to_json()), name, _processor_key(prepared.task, section))
     return _splits.get(key, read)
 
@@ -108,4 +110,4 @@ def forget() -> None:
 
 
 def _processor_key(task: Task, section: ModelSection) -> Hashable:
-    return section.base, section.revision, section.trust_remote_code, task.modality
+    return section.base, section.revision, section.trust_remote_code, digest(task.to_json())

@@ -43,7 +43,8 @@ class RowError(ValueError):
 class Column(Schema):
     """One role that a task reads, for example `text` or `label`."""
 
-    kind: Literal["text", "label", "number", "any"]
+    kind: Literal["text", "label", "number", "image", "audio", "any"]
+    """image and audio: a path or URI (relative to the file it stands in), bytes, or what `datasets` writes."""
     required: bool = True
     target: bool = False
     """True for what the model learns to say: absent at prediction time."""
@@ -58,7 +59,12 @@ class Task(Schema):
     """Base of all tasks. Subclasses are named by the key they have in `TASKS` or by `module:Class`."""
 
     modality: ClassVar[Literal["text", "image", "audio"]] = "text"
+    """Of the processor that `processors.of` loads where the task has none of its own, and of what a request's raw body is."""
     parameters: ClassVar[type[Parameters]] = Parameters
+    rows_at_once: ClassVar[int] = 512
+    """Rows that are encoded and predicted together: fewer where an encoded row is large."""
+    augments: ClassVar[bool] = False
+    """Whether `encode_to_train` differs from `encode`, so that each epoch encodes anew."""
 
     @property
     def key(self) -> str:
@@ -98,10 +104,21 @@ class Task(Schema):
         """The group within which a split keeps its shares, usually the label; None: no stratification."""
         return None
 
+    def self_contained(self, row: Row) -> Row:
+        """The row with all that it refers to in it (files as `data:` URIs): it is kept in the bundle, to be asked again elsewhere."""
+        return row
+
     # ---- tensors ---------------------------------------------------------------------------------------------
     def encode(self, rows: Sequence[Row], processor: Any) -> list[list[Example]]:
         """For each row its examples; with targets where the row has them. Batched because tokenizers are."""
         raise NotImplementedError
+
+    def encode_to_train(self, rows: Sequence[Row], processor: Any, seeds: Sequence[int]) -> list[list[Example]]:
+        """As `encode`, augmented or masked at random where the task says `augments`.
+
+        What is drawn for a row depends on its seed alone, which is another in each epoch and the same on any number of workers.
+        """
+        return self.encode(rows, processor)
 
     def length(self, example: Example) -> int:
         """What an example costs of a token budget, before padding."""
@@ -112,6 +129,10 @@ class Task(Schema):
         raise NotImplementedError
 
     # ---- model -----------------------------------------------------------------------------------------------
+    def processor(self, base: str, **from_hub: Any) -> Any | None:
+        """A processor of the task's own, from the base model (local folder or hub id) or a bundle; None: that of the modality."""
+        return None
+
     def check_base(self, base: str, **from_hub: Any) -> None:
         """Raises `InputError` where the base model (local folder or hub id) can't do this task; reads its config, no weights."""
 
@@ -132,8 +153,20 @@ class Task(Schema):
         """The prediction for a row from the outputs of its examples."""
         raise NotImplementedError
 
+    @property
+    def most_predicted(self) -> int | None:
+        """Rows of a split that are predicted and scored while training and in the evaluation; None: all. The loss is of all rows.
+
+        For tasks whose `infer` costs far more than their `loss`, as where a text is generated.
+        """
+        return None
+
+    def of_loss(self, loss: float) -> dict[str, float]:
+        """Metrics that follow from the loss per item of a whole split, such as the perplexity."""
+        return {}
+
     def metrics(self) -> tuple[str, ...]:
-        """Names that `score` knows, the default ones first."""
+        """Names that `score` and `of_loss` know, the default ones first."""
         raise NotImplementedError
 
     @property
@@ -172,10 +205,12 @@ class Task(Schema):
         """An example of `inputs`, shown on the endpoint's pages."""
         raise NotImplementedError
 
-    def rows_from(self, inputs: Any) -> list[Row]:
+    def rows_from(self, inputs: Any, parameters: Any = None) -> list[Row]:
         """The clean rows in the `inputs` of a Hugging Face Inference request; `InputError` where they don't fit.
 
-        Raised from a `RowError` it means well-formed inputs that cannot be used, such as an empty text.
+        `inputs` is bytes where the body was an image or a sound. `parameters` (of the class `self.parameters`; None: its
+        defaults) matter here only where they change what the model is asked. Raised from a `RowError` it means well-formed
+        inputs that cannot be used, such as an empty text.
         """
         raise NotImplementedError
 

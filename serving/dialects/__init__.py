@@ -35,6 +35,10 @@ class Model(Protocol):
         """The request's body, read within limits; `Problem` 400, 413 or 415."""
         ...
 
+    async def content(self, request: Request) -> bytes:
+        """The request's body as it is, read within limits; `Problem` 400 or 413."""
+        ...
+
     async def predict(self, request: Request, rows: Sequence[Row]) -> Answer:
         """Predictions for clean rows; `Problem` 413, 422, 429, 500, 503 or 504."""
         ...

@@ -51,7 +51,7 @@ class HuggingFace:
 
 
 async def _answer(model: Model, request: Request) -> Response:
-    body = await model.json(request)
+    body = {"inputs": await model.content(request)} if _is_media(model, request) else await model.json(request)
     if not isinstance(body, dict):
         raise Problem(400, "validation", f'The body is {_kind(body)}; send an object: {{"inputs": …, "parameters": …}}.')
     if "inputs" not in body:
@@ -61,18 +61,26 @@ async def _answer(model: Model, request: Request) -> Response:
         )
     inputs = body["inputs"]
     try:
-        given = body.get("parameters")
-        parameters = model.task.parameters.parse({} if given is None else given, "parameters")
-        rows = model.task.rows_from(inputs)
+        given = {} if body.get("parameters") is None else body["parameters"]
+        beside = {key: body[key] for key in body.keys() & model.task.parameters.model_fields.keys() if body[key] is not None}
+        if isinstance(given, dict):  # Some of Hugging Face's clients write a task's parameters beside `inputs`.
+            given = {**beside, **given}
+        parameters = model.task.parameters.parse(given, "parameters")
+        rows = model.task.rows_from(inputs, parameters)
     except InputError as error:
         raise wrong_input(error) from None
     answer = await model.predict(request, rows)
     content = model.task.answer(answer.predictions, parameters, single=not isinstance(inputs, list))
     response = JSONResponse(content)
-    ignored = sorted(key[:40] for key in body.keys() - {"inputs", "parameters"} - _IGNORED)[:10]
+    ignored = sorted(key[:40] for key in body.keys() - {"inputs", "parameters"} - _IGNORED - model.task.parameters.model_fields.keys())[:10]
     if ignored:
         response.headers["X-Ignored-Keys"] = ", ".join(key for key in ignored if key.isascii() and key.isprintable())
     return response
+
+
+def _is_media(model: Model, request: Request) -> bool:
+    """Is the body itself the image or sound? Clients name its type, or nothing where they don't know it; JSON says that it is JSON."""
+    return model.task.modality != "text" and "json" not in request.headers.get("content-type", "").lower()
 
 
 def _operation(model: Model) -> dict[str, Any]:
@@ -84,6 +92,9 @@ def _operation(model: Model) -> dict[str, Any]:
         "required": ["inputs"],
         "example": {"inputs": task.inputs_example()},
     }
+    contents: dict[str, Any] = {"application/json": {"schema": request}}
+    if task.modality != "text":
+        contents |= {f"{task.modality}/*": {"schema": {"type": "string", "format": "binary"}}}
     errors = {
         "400": "The body is not JSON or of another shape than the schema",
         "401": "No API key, or one that isn't known",
@@ -100,7 +111,7 @@ def _operation(model: Model) -> dict[str, Any]:
     return {
         "summary": f"Hugging Face Inference: {task.key}",
         "tags": ["Hugging Face Inference"],
-        "requestBody": {"required": True, "content": {"application/json": {"schema": request}}},
+        "requestBody": {"required": True, "content": contents},
         "responses": {
             "200": {"description": "The answers", "content": {"application/json": {"schema": task.answer_schema()}}},
             **{code: {"description": text, "content": failed} for code, text in errors.items()},

@@ -59,15 +59,14 @@ def base(case: Case, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny base model for the case."""
     from tests.fixtures import tiny
 
-    texts = [value for row in case.clean for value in row.values() if isinstance(value, str)]
-    return tiny.text_base(tmp_path_factory.mktemp("base"), texts, case.base)
+    return tiny.BASES[case.base](tmp_path_factory.mktemp("base"), case.clean)
 
 
 @pytest.fixture(scope="session")
 def processor(case: Case, base: str) -> Any:
     from orchestrator import processors
 
-    return processors.load(base, case.task.modality)
+    return processors.of(case.task, base)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from orchestrator.data.resident import Resident, ResidentRows, ResidentStream
 from orchestrator.data.stream import Encoding, Part, RankStream, SplitRows
 from orchestrator.loop import Share
 from orchestrator.search import warm
+from orchestrator.tasks.text_classification import TextClassification
 from tests.fixtures.tiny import text_base
 from tests.ray.conftest import WORDS, write_reviews
 
@@ -29,8 +30,7 @@ def in_this_process(encoding: Encoding, parts: Iterable[Part], *, with_rows: boo
 @pytest.fixture(autouse=True)
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(stream, "pipeline", in_this_process)
-    monkeypatch.setattr(stream, "ENCODE_ROWS", 16)
-    monkeypatch.setattr(resident, "ENCODE_ROWS", 16)
+    monkeypatch.setattr(TextClassification, "rows_at_once", 16)
     warm.forget()
     yield
     warm.forget()
