@@ -94,7 +94,11 @@ class ModelSection(Schema):
     """The pretrained model to start from."""
 
     base: Annotated[str, Field(min_length=1)]
-    """Hub id, local folder, package://module/path for a model inside an installed package, or example://name."""
+    """Hub id, local folder, package://module/path for a model inside an installed package, example://name, or config://model_type."""
+    config: dict[str, Any] = {}
+    """config://: sizes of the model from scratch, by the names of its class in transformers, such as {hidden_size: 256}."""
+    processor: dict[str, Any] = {}
+    """config://: of texts {kind: unigram, vocab_size: 8000, lowercase: false}, fitted on the training rows; else settings of the processor."""
     revision: str | None = None
     """Branch, tag or commit of a hub model; not set: its main branch."""
     lora: LoraSection | None = None
@@ -103,6 +107,13 @@ class ModelSection(Schema):
     """As in transformers: sdpa, eager, flash_attention_2, …; not set: the fastest that the model supports."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model. It can do whatever this user can."""
+
+    @model_validator(mode="after")
+    def _sizes_are_of_a_model_from_scratch(self) -> ModelSection:
+        if (self.config or self.processor) and not self.base.startswith("config://"):
+            name = "config" if self.config else "processor"
+            raise ValueError(f"{name} is for models from scratch (base: config://bert); {self.base!r} brings its own")
+        return self
 
 
 class TrainingSection(Schema):

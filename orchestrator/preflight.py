@@ -86,10 +86,10 @@ def _metrics(job: JobConfig) -> str:
 
 
 def _model(job: JobConfig) -> str:
-    from orchestrator import models
+    from orchestrator import models, scratch
 
     section = job.model
-    base = models.resolve(section.base, section.revision)
+    base = scratch.local(section, job.task)
     with models.explained(job.task, section.base):
         job.task.check_base(base, **models.from_hub(section))
     weights = weight_bytes(job)
@@ -97,9 +97,11 @@ def _model(job: JobConfig) -> str:
 
 
 def weight_bytes(job: JobConfig) -> int:
-    """Of the base model where it is a local folder; 0 where that is not known before it is fetched."""
-    from orchestrator import models
+    """Of the base model where it is a local folder; 0 where that is not known before it is fetched or made."""
+    from orchestrator import models, scratch
 
+    if job.model.base.startswith(scratch.SCHEME):
+        return 0
     return sum(file.stat().st_size for file in Path(models.resolve(job.model.base, job.model.revision)).glob("*.safetensors"))
 
 
@@ -180,7 +182,7 @@ def _search(job: JobConfig) -> str:
 
 def _base_key(job: JobConfig) -> str:
     """What the look at the base model depends on."""
-    return digest([job.task.to_json(), job.model.base, job.model.revision])
+    return digest([job.task.to_json(), job.model.to_json()])
 
 
 _LOOKS: dict[str, Callable[[JobConfig], str]] = {

@@ -70,14 +70,14 @@ def run(work: Work) -> dict[str, Any] | None:
     import torch
 
     torch.set_num_threads(work.threads)
-    from orchestrator import checkpoints, loop, models, processors
+    from orchestrator import checkpoints, loop, models, processors, scratch
     from orchestrator.data.stream import Encoding, RankStream, SplitRows
 
     marks["imports"] = time.time()
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     job, settings = work.job, work.job.training
-    task, section = work.prepared.task, job.model
+    task, section = work.prepared.task, scratch.based(job.model, work.prepared, seed=settings.seed)
     seed(settings.seed)
 
     base = models.resolve(section.base, section.revision)

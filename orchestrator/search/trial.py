@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import training, worker
-from orchestrator.config import digest
+from orchestrator.config import ModelSection, digest
 from orchestrator.errors import Diverged, InputError, StageError
 from orchestrator.progress import Silent
 from orchestrator.records import TrainRecord
@@ -131,7 +131,7 @@ def write_bundle(sweep: Sweep, folder: Folder, step: int) -> TrainRecord:
     """
     import torch
 
-    from orchestrator import checkpoints, models
+    from orchestrator import checkpoints, models, scratch
 
     state = read_state(folder)
     if state is None or state["figures"] is None:
@@ -141,14 +141,15 @@ def write_bundle(sweep: Sweep, folder: Folder, step: int) -> TrainRecord:
         raise StageError(f"The checkpoint of step {step} of the trial in {str(folder)!r} is gone or torn.")
     job = sweep.job_of(state["sample"])
     prepared = sweep.prepared_for(job)
-    model = models.load(prepared.task, job.model, precision=state["figures"]["precision"], seed=job.training.seed)
+    section = scratch.based(job.model, prepared, seed=job.training.seed)
+    model = models.load(prepared.task, section, precision=state["figures"]["precision"], seed=job.training.seed)
     tensors, places = found.tensors("model"), {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if unknown := tensors.keys() - places.keys():
         raise StageError(f"The checkpoint {str(found.folder)!r} has weights that the model has not: {', '.join(sorted(unknown)[:5])}.")
     with torch.no_grad():
         for name, tensor in tensors.items():
             places[name].copy_(tensor)
-    processor = warm.processor(prepared.task, job.model)
+    processor = warm.processor(prepared.task, section)
     search = {"folder": sweep.folder.uri, "trial": state["trial"], "number": state["number"], "sample": state["sample"]}
     lineage = {**training.lineage(job, prepared), "run": sweep.job.run_id, "search": search}
     said = worker.write_bundle(
@@ -284,19 +285,22 @@ class _Trial:
     def _here(self) -> None:
         import torch
 
-        from orchestrator import loop, models
+        from orchestrator import loop, models, scratch
 
         torch.set_num_threads(self.sweep.threads)  # OpenMP's number belongs to the thread, and each trial is one
         job, prepared = self.job, self.prepared
         settings = job.training.model_copy(update={"tokens_per_micro_batch": self._tokens()})
         task, batch = prepared.task, settings.global_batch(1)
         worker.seed(settings.seed)
-        processor = warm.processor(task, job.model)
+        section = scratch.based(job.model, prepared, seed=settings.seed)
+        processor = warm.processor(task, section)
         precision = models.hardware_precision(settings.precision)
-        stream = self._stream(processor, batch)
+        stream = self._stream(section, processor, batch)
         tokens = job.evaluation.tokens_per_batch or _prediction_tokens()
-        validate = worker.validation(job, task, processor, self._rows(processor), precision, tokens=max(1, tokens >> self.halvings))
-        model = warm.model(task, job.model, precision=precision, seed=settings.seed)
+        validate = worker.validation(
+            job, task, processor, self._rows(section, processor), precision, tokens=max(1, tokens >> self.halvings)
+        )
+        model = warm.model(task, section, precision=precision, seed=settings.seed)
         logs = worker.Logs(self.folder, 0, 1, stream.steps_per_epoch, record_rows=settings.record_rows)
         tally = worker.Tally()
         self._stepped = None
@@ -325,7 +329,7 @@ class _Trial:
                     )
         self.state["figures"] = self._figures()
 
-    def _stream(self, processor: Any, batch: int) -> Any:
+    def _stream(self, section: ModelSection, processor: Any, batch: int) -> Any:
         """The train split from memory, or where it is too large for that by Ray Data."""
         from orchestrator import loop
         from orchestrator.data.resident import ResidentStream
@@ -333,18 +337,18 @@ class _Trial:
 
         settings = self.job.training
         order = {"seed": settings.seed, "global_batch": batch, "group_by_length": settings.group_by_length}
-        split = warm.split(self.prepared, "train", self.job.model)
+        split = warm.split(self.prepared, "train", section)
         if split is not None:
             return ResidentStream(split, **order)
         encoding = Encoding.of(self.prepared, "train", processor, rank=0, world=1, **order)
         return RankStream(encoding, total_steps=loop.total_steps(settings, encoding.plan(0).steps), tasks=TASKS, cpus=TASK_CPUS)
 
-    def _rows(self, processor: Any) -> Any:
+    def _rows(self, section: ModelSection, processor: Any) -> Any:
         """The validation split, in the same way."""
         from orchestrator.data.resident import ResidentRows
         from orchestrator.data.stream import Encoding, SplitRows
 
-        split = warm.split(self.prepared, "validation", self.job.model, with_rows=True)
+        split = warm.split(self.prepared, "validation", section, with_rows=True)
         if split is not None:
             return ResidentRows(split)
         return SplitRows(Encoding.of(self.prepared, "validation", processor, rank=0, world=1), tasks=TASKS, cpus=TASK_CPUS)
