@@ -98,11 +98,11 @@ def _model(job: JobConfig) -> str:
 
 def weight_bytes(job: JobConfig) -> int:
     """Of the base model where it is a local folder; 0 where that is not known before it is fetched or made."""
-    from orchestrator import models, scratch
+    from orchestrator import bases, scratch
 
     if job.model.base.startswith(scratch.SCHEME):
         return 0
-    return sum(file.stat().st_size for file in Path(models.resolve(job.model.base, job.model.revision)).glob("*.safetensors"))
+    return sum(file.stat().st_size for file in Path(bases.local(job.model.source, job.model.revision)).glob("*.safetensors"))
 
 
 def _disk(job: JobConfig) -> str:

@@ -7,7 +7,6 @@ parameters, the metrics over time and the tables. MLflow takes seconds to import
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -140,7 +139,7 @@ class Registry:
         name = job.model_name
         if not _NAME.fullmatch(name):
             raise InputError(f"registry.model: {name!r} can't name a model; it must not contain '/' or ':'.")
-        sha = bundle_digest(bundle)
+        sha = bundles.digest(bundle)
         with self._errors():
             client = self.client
             split, objective = _objective(task, metrics)
@@ -408,14 +407,6 @@ class Registry:
         source = f"runs:/{run_id}/bundle" if served and bundle.is_local else str(bundle)
         version = client.create_model_version(name, source, run_id, tags=tags)
         return client.get_model_version(name, version.version)
-
-
-def bundle_digest(bundle: Folder) -> str:
-    """SHA-256 of a bundle's manifest, and so of everything in it."""
-    try:
-        return hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
-    except FileNotFoundError:
-        raise InputError(f"{str(bundle)!r} is not a bundle: it has no manifest.json.") from None
 
 
 def parameters(job: JobConfig) -> dict[str, str]:

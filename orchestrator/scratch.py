@@ -14,10 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from orchestrator import bases
 from orchestrator.catalog import cache_folder
 from orchestrator.config import ModelSection, digest
 from orchestrator.errors import InputError, did_you_mean
-from orchestrator.models import quiet, resolve
+from orchestrator.models import quiet
 from orchestrator.records import PreparedData
 from orchestrator.schema import Schema
 from orchestrator.storage import Folder
@@ -48,7 +49,7 @@ class TokenizerSettings(Schema):
 def based(section: ModelSection, prepared: PreparedData, *, seed: int) -> ModelSection:
     """The section with a base that is there: of a model from scratch, the folder that was made for these rows."""
     if not section.base.startswith(SCHEME):
-        return section
+        return bases.based(section)
     return section.model_copy(update={"base": str(_made(section, prepared, seed)), "config": {}, "processor": {}})
 
 
@@ -63,7 +64,7 @@ def check(section: ModelSection, task: Task) -> str:
 
 def local(section: ModelSection, task: Task) -> str:
     """What `Task.check_base` can look at: the base model, or the config of one from scratch."""
-    return check(section, task) if section.base.startswith(SCHEME) else resolve(section.base, section.revision)
+    return check(section, task) if section.base.startswith(SCHEME) else bases.local(section.source, section.revision)
 
 
 def _made(section: ModelSection, prepared: PreparedData, seed: int) -> Path:

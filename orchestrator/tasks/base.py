@@ -133,6 +133,11 @@ class Task(Schema):
         """A processor of the task's own, from the base model (local folder or hub id) or a bundle; None: that of the modality."""
         return None
 
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """Names of labels that answers have, which the model's config must know too; None: answers have none."""
+        return getattr(self, "labels", None)
+
     def check_base(self, base: str, **from_hub: Any) -> None:
         """Raises `InputError` where the base model (local folder or hub id) can't do this task; reads its config, no weights."""
 
