@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import transformers as hf
 
+from orchestrator.tasks.base import Task
+
 
 @dataclass(frozen=True)
 class Family:
@@ -50,7 +52,16 @@ def mel() -> dict[str, torch.Tensor]:
 
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
-T5 = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "pad_token_id": 0, "decoder_start_token_id": 0}
+T5 = {
+    "vocab_size": 32,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 2,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+}
 LLAMA = {**SMALL, "num_key_value_heads": 2, "vocab_size": 32, "pad_token_id": 0}
 CONVOLUTIONS = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_conv_pos_embeddings": 4}
 WAV = {**SMALL, **CONVOLUTIONS, "num_conv_pos_embedding_groups": 2, "vocab_size": 12, "classifier_proj_size": 8}
@@ -100,6 +111,7 @@ FAMILIES: dict[str, Family] = {
         ("classifier.", "bert.pooler."),
         3,
     ),
+    "bert-filling": Family(lambda: hf.BertForMaskedLM(hf.BertConfig(vocab_size=32, **SMALL)), "AutoModelForMaskedLM", text, {}, (), 3),
     "gpt2": Family(
         lambda: hf.GPT2Model(hf.GPT2Config(vocab_size=32, n_embd=16, n_layer=3, n_head=2, n_positions=32, pad_token_id=0)),
         "AutoModelForSequenceClassification",
@@ -116,9 +128,7 @@ FAMILIES: dict[str, Family] = {
         (),
         3,
     ),
-    "llama": Family(
-        lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)), "AutoModelForTokenClassification", text, THREE, ("score.",), 3
-    ),
+    "llama": Family(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)), "AutoModelForTokenClassification", text, THREE, ("score.",), 3),
     "t5": Family(
         lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5)),
         "AutoModelForSeq2SeqLM",
@@ -170,9 +180,7 @@ FAMILIES: dict[str, Family] = {
         ("projector.", "classifier."),
         3,
     ),
-    "whisper": Family(
-        lambda: hf.WhisperForConditionalGeneration(hf.WhisperConfig(**WHISPER)), "AutoModelForSpeechSeq2Seq", mel, {}, (), 4
-    ),
+    "whisper": Family(lambda: hf.WhisperForConditionalGeneration(hf.WhisperConfig(**WHISPER)), "AutoModelForSpeechSeq2Seq", mel, {}, (), 4),
     "detr": Family(
         lambda: hf.DetrForObjectDetection(_detr()),
         "AutoModelForObjectDetection",
@@ -197,3 +205,19 @@ def saved(family: Family, folder: Path) -> str:
                 buffer += torch.randn_like(buffer)
     model.save_pretrained(folder)
     return str(folder)
+
+
+class Made(Task):
+    """Loads a family's base with its Auto class, as a task would."""
+
+    family: str
+
+    @property
+    def of(self) -> Family:
+        return FAMILIES[self.family]
+
+    def model(self, base: str, **options: Any) -> torch.nn.Module:
+        config = hf.AutoConfig.from_pretrained(base)
+        for name, value in self.of.settings.items():
+            setattr(config, name, value)
+        return getattr(hf, self.of.head).from_pretrained(base, config=config, ignore_mismatched_sizes=True, **options)

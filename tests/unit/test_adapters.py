@@ -11,32 +11,13 @@ import torch
 from orchestrator import adapters, anatomy, freezing, models
 from orchestrator.config import FreezeSection, ModelSection, TrainingSection
 from orchestrator.errors import InputError
-from orchestrator.tasks.base import Task
-from tests.unit.families import FAMILIES, Family, saved
+from tests.unit.families import FAMILIES, Made, saved
 
 LORA = {
     "plain": {"r": 2},
     "dora": {"r": 2, "use_dora": True},
     "rslora": {"r": 4, "use_rslora": True, "alpha": 8},
 }
-
-
-class Made(Task):
-    """Loads a family's base with its Auto class, as a task would."""
-
-    family: str
-
-    @property
-    def of(self) -> Family:
-        return FAMILIES[self.family]
-
-    def model(self, base: str, **options: Any) -> torch.nn.Module:
-        import transformers
-
-        config = transformers.AutoConfig.from_pretrained(base)
-        for name, value in self.of.settings.items():
-            setattr(config, name, value)
-        return getattr(transformers, self.of.head).from_pretrained(base, config=config, ignore_mismatched_sizes=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +106,11 @@ def test_new_weights_that_are_no_module_are_trained_and_kept(tmp_path: Path) -> 
     weights = load_file(tmp_path / "base" / "model.safetensors")
     bias = "bert.encoder.layer.1.attention.self.query.bias"
     norm = "bert.encoder.layer.0.output.LayerNorm.bias"
-    save_file({name: weight for name, weight in weights.items() if name not in (bias, norm)}, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: weight for name, weight in weights.items() if name not in (bias, norm)},
+        tmp_path / "base" / "model.safetensors",
+        {"format": "pt"},
+    )
     task, bases = Made(family="bert"), {"bert": str(tmp_path / "base")}
     _, _, model = loaded(bases, "bert", lora={"r": 2})
     trained = {anatomy.plain_name(name) for name, weight in model.named_parameters() if weight.requires_grad and ".lora_" not in name}
