@@ -53,26 +53,26 @@ def propose(data: str, tasks: Sequence[str]) -> Proposal:
 
     Raises `InputError` where they can't be read, or look like none of several.
     """
-    found: list[tuple[float, int, str, sources.Peek, str | None]] = []
+    found: list[tuple[float, str, sources.Peek, str | None]] = []
     refusal: InputError | None = None
-    for order, format in enumerate(_formats()):
+    for format in _formats():
         try:
             peek = sources.peek(DataSection(train=data, format=format), "train")  # pyright: ignore[reportArgumentType]
         except InputError as error:
             refusal = refusal or error
             continue
-        for task in tasks:
-            found.append((task_class(task).fits(peek.columns, peek.rows, peek.format), -order, task, peek, format))
+        found += [(round(task_class(task).fits(peek.columns, peek.rows, peek.format), 3), task, peek, format) for task in tasks]
+        if format is None and peek.format != "json":  # every other format could be read as lines, or as nothing else
+            break
     if not found:
         raise refusal or InputError(f"init: {data!r} can't be read.")
-    best = max(found, key=lambda one: one[:2])
-    if best[0] < LIKELY and len(tasks) > 1:
-        columns = ", ".join(map(repr, found[0][3].columns))
+    # Of equals the format that finds more in the files: boxes beside images, rather than lines of text.
+    score, task, peek, format = max(found, key=lambda one: (one[0], len(one[2].columns)))
+    if score < LIKELY and len(tasks) > 1:
+        columns = ", ".join(map(repr, found[0][2].columns))
         raise InputError(f"init: no task fits the columns {columns} of {data!r}; say which it is with --task: {', '.join(tasks)}.")
-    near = sorted(
-        (one for one in found if one[4] == best[4] and one[2] != best[2] and one[0] >= max(LIKELY, 0.6 * best[0])), key=lambda one: -one[0]
-    )
-    return Proposal(best[2], best[3], best[4], tuple(one[2] for one in near))
+    near = [one for one in found if one[3] == format and one[1] != task and one[0] >= max(LIKELY, 0.6 * score)]
+    return Proposal(task, peek, format, tuple(name for _, name, _, _ in sorted(near, key=lambda one: -one[0])))
 
 
 def _formats() -> list[str | None]:

@@ -54,9 +54,9 @@ def guess(columns: Mapping[str, Column], rows: Sequence[Mapping[str, Any]]) -> d
     for role, column in sorted(columns.items(), key=lambda item: not item[1].target):
         if role in found or not column.required:
             continue
-        given = _target(role, column, [name for name in names if name not in taken], rows) if column.target else None
-        given = given or _input(role, column, [name for name in names if name not in taken], rows)
-        found[role] = given
+        free = [name for name in names if name not in taken]
+        given = (_target(role, column, free, rows) if column.target else None) or _input(role, column, free, rows)
+        found[role] = given if given.column is not None else Guess(None, f"no column looks like it; there is {', '.join(names) or 'none'}")
         taken.add(given.column)
     return {role: found[role] for role in columns if role in found}
 
@@ -105,7 +105,7 @@ def _target(role: str, column: Column, names: Sequence[str], rows: Sequence[Mapp
 
     likely = [name for name in names if _distinct(name, rows) and fits_kind(name)]
     if not likely:
-        return _nothing(names)
+        return Guess(None, "")
     best = min(likely, key=rank)
     return Guess(best, _say(column, best, rows))
 
@@ -123,14 +123,10 @@ def _input(role: str, column: Column, names: Sequence[str], rows: Sequence[Mappi
     else:
         likely = [name for name in names if length(name) > 0]
     if not likely:
-        return _nothing(names)
+        return Guess(None, "")
     close = [name for name in likely if _named(name, (role,))]
     best = max(close or likely, key=length)
     return Guess(best, _say(column, best, rows))
-
-
-def _nothing(names: Sequence[str]) -> Guess:
-    return Guess(None, f"no column looks like it; there is {', '.join(names) or 'none'}")
 
 
 def _say(column: Column, name: str, rows: Sequence[Mapping[str, Any]]) -> str:
