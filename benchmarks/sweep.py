@@ -214,9 +214,9 @@ def gaps(spans: Sequence[dict[str, Any]]) -> list[float]:
 # ---- what is left behind -------------------------------------------------------------------------------------
 def leftovers(arguments: argparse.Namespace, folder: Path, data: dict[str, str]) -> None:
     """Many short trials on a cluster that lives on: its placement groups, processes and the disk they took."""
-    limit = 200_000_000  # with adapters a checkpoint is some MB: most of them have to be deleted again, and a trial takes a second or two
+    limit = 300_000_000  # two bundles of 90 MB, and with adapters a checkpoint is some MB: those of all trials would be over it
     asked = {"num_trials": arguments.many, "algorithm": "random", "scheduler": "asha", "max_disk": limit}
-    small = cut({**data, "train": copied(data["train"]), "validation": copied(data["validation"])}, train=16, validation=8)
+    small = cut({**data, "train": copied(data["train"]), "validation": copied(data["validation"])}, train=64, validation=16)
     with head(folder) as (address, process):
         before = workers_of(process)
         with watched(folder / "runs") as disk:
@@ -268,7 +268,7 @@ def workers_of(process: subprocess.Popen[bytes]) -> list[str]:
     names = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            names.append(" ".join(child.cmdline())[:60])
+            names.append(" ".join(" ".join(child.cmdline()).split())[:60])  # Ray pads the names of its processes with spaces
     return [name for name in names if name.startswith("ray::")]
 
 
