@@ -51,6 +51,7 @@ def wrap(model: torch.nn.Module, lora: LoraSection, new: Sequence[str]) -> torch
             wrapped = peft.get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     except (ValueError, NotImplementedError) as error:
         raise InputError(f"model.lora: {_sentence(error)}") from error
+    _look_like_their_layers(wrapped)
     wanted = set(loose)
     for name, weight in wrapped.named_parameters():
         if wanted and anatomy.plain_name(name) in wanted:
@@ -97,12 +98,22 @@ def attach(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
 
     with _quiet(), torch.random.fork_rng():
         wrapped = peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu")  # pyright: ignore[reportArgumentType]
+    _look_like_their_layers(wrapped)
     if (folder / LOOSE).is_file():
         places = {anatomy.plain_name(name): weight for name, weight in wrapped.named_parameters()}
         with torch.no_grad():
             for name, tensor in load_file(folder / LOOSE).items():
                 places[name].copy_(tensor)
     return wrapped.requires_grad_(False)
+
+
+def _look_like_their_layers(model: torch.nn.Module) -> None:
+    """Models that pad by hand, as MobileNetV2 does, ask a convolution for its sizes, which PEFT's wrapper does not pass on."""
+    for module in model.modules():
+        inner = module._modules.get("base_layer")
+        for name in ("stride", "kernel_size", "dilation", "padding", "groups"):
+            if hasattr(inner, name) and not hasattr(module, name):
+                setattr(module, name, getattr(inner, name))
 
 
 def _is_peft(name: str) -> bool:

@@ -39,7 +39,7 @@ class Guess:
     column: str | None
     why: str
     named: bool = False
-    """The column is called as the role, so it is no guess."""
+    """The column is called as the role, or has files of its kind in it, so it is no guess."""
 
 
 def guess(columns: Mapping[str, Column], rows: Sequence[Mapping[str, Any]]) -> dict[str, Guess]:
@@ -121,12 +121,17 @@ def _input(role: str, column: Column, names: Sequence[str], rows: Sequence[Mappi
     elif column.kind == "any":
         likely = [name for name in names if any(isinstance(row.get(name), (list, dict)) for row in rows)]
     else:
-        likely = [name for name in names if length(name) > 0]
+        likely = [name for name in names if length(name) > 0 and not _holds_no_words(name, rows)]
     if not likely:
         return Guess(None, "")
     close = [name for name in likely if _named(name, (role,))]
     best = max(close or likely, key=length)
-    return Guess(best, _say(column, best, rows))
+    return Guess(best, _say(column, best, rows), named=column.kind in _MEDIA)
+
+
+def _holds_no_words(name: str, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a column has numbers only, or files of images or sounds."""
+    return all(map(_is_number, _distinct(name, rows))) or any(_is_media(kind, name, rows) for kind in _MEDIA)
 
 
 def _say(column: Column, name: str, rows: Sequence[Mapping[str, Any]]) -> str:

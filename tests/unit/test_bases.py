@@ -135,11 +135,11 @@ def test_many_adapters_share_the_weights_of_one_base(base: str, tmp_path: Path) 
 
 
 # ---- bundles as bases ----------------------------------------------------------------------------------------
-def filled(place: Path, base: str) -> Bundle:
+def filled(place: Path, base: str, **lineage: Any) -> Bundle:
     """What domain adaptation leaves: a masked language model in a bundle."""
     task = Made(family="bert-filling")
     model = trained(task, ModelSection(base=base))
-    bundle.write(Folder(str(place)), model=model, processor=processors.of(task, base), task=task, job={}, lineage={}, metrics={})
+    bundle.write(Folder(str(place)), model=model, processor=processors.of(task, base), task=task, job={}, lineage=lineage, metrics={})
     return bundle.load(str(place))
 
 
@@ -182,7 +182,7 @@ def test_an_adapters_bundle_is_a_base_too_and_carries_an_adapter(base: str, tmp_
 
 
 def test_links_to_a_bundle_that_has_gone_are_made_anew(base: str, tmp_path: Path) -> None:
-    parent = filled(tmp_path / "parent", base)
+    parent = filled(tmp_path / "parent", base, run="goes")
     place = bases.local(str(parent.path))
     shutil.copytree(parent.path, tmp_path / "elsewhere")
     shutil.rmtree(parent.path)

@@ -86,7 +86,7 @@ EVERY = (Classes, Tags, Questions, Chat, Translation, Raw, Pictures, Sounds)
 def test_the_likeliest_task(data: list[dict[str, Any]], task: type[Task]) -> None:
     found = {one.__name__: one.fits(list(data[0]), data, "jsonl") for one in EVERY}
     assert all(0 <= score <= 1 for score in found.values())
-    assert max(found, key=lambda name: found[name]) == task.__name__, found
+    assert found[task.__name__] == max(found.values()), found
 
 
 def test_rows_that_can_not_be_used_count_against_a_task() -> None:
@@ -124,7 +124,7 @@ def test_init_writes_a_job_for_what_the_data_look_like(here: Path) -> None:
 def test_the_task_says_which_model_to_begin_with(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Raw, "example_model", "config://bert")
     (here / "raw.csv").write_text("text\n" + "\n".join(f"text {n}" for n in range(30)))
-    (here / "job.yaml").write_text(scaffold.new(None, "raw.csv", here / "job.yaml"))
+    (here / "job.yaml").write_text(scaffold.new("raw", "raw.csv", here / "job.yaml"))
     assert load(here / "job.yaml").model.base == "config://bert"
 
 

@@ -146,7 +146,7 @@ def trained(rank: int, world: int, **case: Any) -> dict[str, Any]:
     step.LARGE_EMBEDDING = case.get("large_embedding", 1 << 20)
     model, examples = bert(**case["model"]), rows(case["rows"])
     if "freeze" in case:
-        freezing.freeze(model, freezing.chosen(model, FreezeSection.parse(case["freeze"]), ()))
+        freezing.freeze(model, freezing.chosen(model, FreezeSection(layers=case["freeze"]), ()))
     if "spoilt" in case:
         spoil(model, examples, case["spoilt"])
     seen: list[tuple[int, list[str]]] = []
