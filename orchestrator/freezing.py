@@ -90,12 +90,12 @@ def rates(model: torch.nn.Module, settings: TrainingSection) -> dict[str, float]
 
 def set_head_dropout(model: torch.nn.Module, rate: float) -> None:
     """Sets the dropout of the head, in its layers and in the config that is saved with it; `InputError` where it has none."""
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     outside = anatomy.in_head(model, [name for name, module in modules.items() if name and type(module) is torch.nn.Dropout])
     if not outside:
         raise InputError(f"model.head_dropout: the head of {type(model).__name__} has no dropout; leave it out.")
     for name in outside:
-        modules[name].p = rate  # pyright: ignore[reportAttributeAccessIssue]
+        modules[name].p = rate
     config = getattr(anatomy.pretrained(model)[1], "config", None)
     for name in _HEAD_DROPOUTS:
         if hasattr(config, name):

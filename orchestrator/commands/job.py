@@ -73,7 +73,7 @@ def validate(
             checks.append(check)
         console.show_checks(output, checks)
         bad = list(found.listed) if found is not None else []
-        if bad:
+        if found is not None and bad:
             output.table(["file", "row", "field", "expected", "found"], [[str(value) for value in row.values()] for row in bad[:BAD_ROWS]])
             if found.bad > BAD_ROWS:
                 output.text(f"… and {found.bad - BAD_ROWS:,} more; --json lists the first {len(bad):,}.")

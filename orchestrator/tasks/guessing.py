@@ -65,10 +65,11 @@ def fits(task: Task, rows: Sequence[Mapping[str, Any]]) -> float:
     """From 0 (no row can be used) to 1: how many of some rows the task takes, and how surely their columns are its roles."""
     roles = task.columns()
     found = {role: given for role, given in guess(roles, rows).items() if given.column is not None}
+    columns = {role: given.column or "" for role, given in found.items()}
     targets = [role for role, column in roles.items() if column.target and column.required]
     if not found or not rows or (targets and not any(roles[role].target for role in found)):
         return 0.0
-    mapped: list[Row] = [{role: row.get(given.column) for role, given in found.items()} for row in rows]
+    mapped: list[Row] = [{role: row.get(column) for role, column in columns.items()} for row in rows]
     good = sum(_is_usable(task, row) for row in mapped) / len(rows)
     named = sum(given.named for given in found.values()) / len(found)
     used = len(found) / len({name for row in rows for name in row})
