@@ -68,7 +68,7 @@ class Embedding(Task):
     """scored-pairs: compare the order of the scores, whatever their range, or the cosine with the score, which is in -1 to 1 then."""
     margin: Annotated[float, Field(gt=0, le=2)] = 0.5
     """labelled-pairs: the cosine distance beyond which texts that don't belong together are far enough apart."""
-    evaluated_rows: Annotated[int, Field(gt=0)] = 10_000
+    evaluated_rows: Annotated[int, Field(gt=0)] = 5_000
     """Most rows of a split that are scored: a search goes through all their texts, and memory holds all their vectors."""
 
     @model_validator(mode="after")
