@@ -77,9 +77,12 @@ def train(
     if hasattr(model, "pooler"):
         model.pooler = None
     if spoilt is not None:
-        encoded[spoilt]["examples"][1]["input_ids"][1:] = [tiny.VOCABULARY - 1]
+        last = tiny.VOCABULARY - 1
+        for example in (example for row in encoded for example in row["examples"]):
+            example["input_ids"] = [2 if token == last else token for token in example["input_ids"]]
+        encoded[spoilt]["examples"][1]["input_ids"][1] = last
         with torch.no_grad():
-            model.embeddings.word_embeddings.weight[tiny.VOCABULARY - 1] = float("nan")
+            model.embeddings.word_embeddings.weight[last] = float("nan")
     section = tiny.settings(**{"num_train_epochs": 2, "weight_decay": 0.1, **settings})
     try:
         history = list(
