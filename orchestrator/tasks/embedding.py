@@ -47,7 +47,7 @@ def _descending(value: Any) -> Any:
 class Embedding(Task):
     """Vectors of texts, for search, matching and clustering: from pairs, triplets, pairs with a score or pairs with a label."""
 
-    parameters: ClassVar[type[Parameters]] = embedding_requests.EmbeddingParameters
+    parameters: ClassVar[type[embedding_requests.EmbeddingParameters]] = embedding_requests.EmbeddingParameters
     joint: ClassVar[bool] = True
 
     problem: Problem = "pairs"

@@ -59,7 +59,7 @@ def test_one_row_alone_has_nothing_to_be_told_from() -> None:
     found = random_vectors(2).requires_grad_()
     loss = contrastive.in_batch_negatives(unit(found), [relation(0, 1), relation(1, 2)], scale=20.0, label_smoothing=0.1)
     loss.backward()
-    assert float(loss) == pytest.approx(0, abs=1e-5)
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-5)
     assert found.grad is not None and torch.isfinite(found.grad).all()
 
 
@@ -75,9 +75,9 @@ def test_cosent_by_its_formula_and_without_pairs_to_compare() -> None:
     found = unit(random_vectors(6))
     scores = [3.0, 1.0, 1.0]
     cosines = [float(found[place] @ found[place + 1]) for place in (0, 2, 4)]
-    terms = [np.exp(20 * (cosines[j] - cosines[i])) for i in range(3) for j in range(3) if scores[i] > scores[j]]
+    terms = [np.exp(2 * (cosines[j] - cosines[i])) for i in range(3) for j in range(3) if scores[i] > scores[j]]
     relations = [relation(place % 2, place, scores[place // 2]) for place in range(6)]
-    assert float(contrastive.cosent(found, relations, scale=20.0)) == pytest.approx(3 * np.log(1 + sum(terms)), rel=1e-5)
+    assert float(contrastive.cosent(found, relations, scale=2.0)) == pytest.approx(3 * np.log(1 + sum(terms)), rel=1e-5)
     even = [(role, key, 1.0) for role, key, _ in relations]
     assert float(contrastive.cosent(found, even, scale=20.0)) == 0
 
@@ -182,7 +182,7 @@ def test_pooling_reads_the_tokens_that_are_there() -> None:
 
 
 def test_the_base_must_have_vectors_of_tokens(base: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has only 32 numbers"):
+    with pytest.raises(InputError, match="have only 32 numbers"):
         create({"name": "embedding", "matryoshka_dims": [64]}).check_base(base)
     with pytest.raises(InputError, match="only 64 positions"):
         create({"name": "embedding", "max_length": 65}).check_base(base)
@@ -212,7 +212,7 @@ def test_a_text_has_its_vector_whatever_side_the_tokenizer_pads(base: str) -> No
     assert np.allclose(found, forward(task, model, processor, examples, tokens=1000, precision="fp32"), atol=1e-6)
     half = forward(task, model, processor, examples, tokens=1000, precision="bf16")
     assert all(vector.dtype == np.float32 for vector in half)
-    assert max(vectors.difference(one, other) for one, other in zip(found, half, strict=True)) < 0.02
+    assert max(vectors.difference(one.tolist(), other.tolist()) for one, other in zip(found, half, strict=True)) < 0.02
 
 
 # ---- scores --------------------------------------------------------------------------------------------------
@@ -324,9 +324,12 @@ def url(predictor: Predictor) -> Iterator[str]:
     batcher.close()
 
 
-def test_hugging_faces_client_gets_vectors_and_similarities(url: str, predictor: Predictor) -> None:
+def test_hugging_faces_client_gets_vectors_and_similarities(url: str, predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import InferenceClient
+    from huggingface_hub.utils import _detect_agent
 
+    monkeypatch.setattr(_detect_agent, "_registry", {})  # which it would look up at huggingface.co
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     client = InferenceClient(model=url)
     alone, several = client.feature_extraction(TEXTS[1]), client.feature_extraction(TEXTS[2:])
     assert alone.shape == (1, 32)
