@@ -83,9 +83,16 @@ def tables(build: Callable[[], Dataset], timeout_s: float, **settings: Any) -> I
         ) from None
 
 
-def prediction_columns(predictions: Sequence[Prediction | None]) -> dict[str, list[Any]]:
-    """The columns that predictions become: `prediction_<key>` for each text or number in them, and all of it as JSON."""
-    keys = dict.fromkeys(key for one in predictions if one for key, value in one.items() if not isinstance(value, (list, dict)))
+def prediction_columns(predictions: Sequence[Prediction | None], *, vectors: bool = False) -> dict[str, list[Any]]:
+    """The columns that predictions become: `prediction_<key>` for each text or number in them, and all of it as JSON.
+
+    With `vectors` a list of numbers is a column too.
+    """
+
+    def fits(value: Any) -> bool:
+        return not isinstance(value, (list, dict)) or (vectors and bool(value) and isinstance(value, list) and type(value[0]) is float)
+
+    keys = dict.fromkeys(key for one in predictions if one for key, value in one.items() if fits(value))
     columns: dict[str, list[Any]] = {f"prediction_{key}": [one and one.get(key) for one in predictions] for key in keys}
     columns["prediction"] = [one and json.dumps(one, ensure_ascii=False) for one in predictions]
     return columns

@@ -31,7 +31,7 @@ def predict(
 ) -> dict[str, int]:
     """Writes the rows of `source.train` to the file `output`, by its ending Parquet, CSV or JSONL; counts `rows` and `errors`.
 
-    To each row's own columns come `row_id` (file and row), `prediction_<key>` for each text or number of the prediction,
+    To each row's own columns come `row_id` (file and row), `prediction_<key>` for each text, number or vector of the prediction,
     `prediction` (all of it, JSON), and `error`: what is wrong with a row that has no prediction. Memory does not grow with
     the rows. Raises `InputError` where the input can't be read or lacks a column; then there is no output.
     """
@@ -88,7 +88,7 @@ class _RowPredictor:
         for place, prediction in zip(rows, self._predictor(list(rows.values())), strict=True):
             predictions[place] = prediction
         result = table.drop_columns("_bad")
-        for name, values in actors.prediction_columns(predictions).items():
+        for name, values in actors.prediction_columns(predictions, vectors=True).items():
             result = result.append_column(name, pa.array(values))
         return result.append_column("error", pa.array(errors, pa.string()))
 

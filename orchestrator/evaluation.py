@@ -104,7 +104,7 @@ def _scores(
     task: Task, predictions: Sequence[Prediction], rows: Sequence[Row], losses: Losses, asked: Sequence[str] | None
 ) -> dict[str, float]:
     """The metrics that the job asks for, else the task's defaults; the loss is always among them."""
-    loss = losses.total / (losses.items or 1.0)
+    loss = losses.of(task, predictions, rows)
     more = {**task.of_loss(loss), "loss": loss}
     if asked is None:
         return {**task.score(predictions, rows), **more}

@@ -24,6 +24,10 @@ class Losses:
     total: float = 0.0
     items: float = 0.0
 
+    def of(self, task: Task, predictions: Sequence[Prediction], rows: Sequence[Row]) -> float:
+        """The loss per item of a split; where it is no sum over examples, of the rows that were predicted."""
+        return task.split_loss(predictions, rows) if task.joint else self.total / (self.items or 1.0)
+
 
 def forward(
     task: Task,
@@ -39,11 +43,14 @@ def forward(
     """The task's output for each example, in their order (None where not `infer`); adds their losses to `losses`.
 
     Micro-batches of similar length hold at most `tokens` padded tokens; neither they nor the padding change an
-    output by more than floating-point noise. `precision` is fp32, bf16 or fp16 (autocast); the model's mode is left as it was.
+    output by more than floating-point noise. A `joint` loss is not one of examples, so none is added. `precision` is fp32, bf16 or fp16 (autocast); the model's mode is left as it was.
     """
     import torch
 
     outputs: list[Any] = [None] * len(examples)
+    losses = None if task.joint else losses
+    if not infer and losses is None:
+        return outputs
     device = next(model.parameters()).device
     autocast = contextlib.nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=_dtype(precision))
     was_training = model.training

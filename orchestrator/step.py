@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,22 @@ class Share:
     examples: list[Example]
     borrowed: bool = False
     """The examples are another worker's and only keep this one busy: weight 0, not counted."""
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """How a share goes through the model."""
+
+    share: Share
+    groups: list[list[int]]
+    """Micro-batches: places in the share."""
+    number: int
+    """Of the optimizer step."""
+    keys: list[int]
+    """Of dropout, for each example."""
+
+    def examples(self, group: list[int]) -> list[Example]:
+        return [self.share.examples[place] for place in group]
 
 
 @dataclass(frozen=True)
@@ -96,35 +112,23 @@ class Stepper:
 
         Every worker calls it for the same steps. Raises `Diverged` on every worker where the loss is not finite.
         """
-        from accelerate.utils import set_seed
-
         if not share.examples or len(share.row_ids) != len(share.examples):
             raise ValueError(
                 f"a share has a row id for each of its examples, of which there is one at least: {len(share.row_ids)}, {len(share.examples)}"
             )
-        set_seed(int.from_bytes(hashlib.blake2b(f"{self.settings.seed}/{number}/{self.rank}".encode(), digest_size=4).digest(), "little"))
-        row_key = row_keys(self.settings.seed, number, share.row_ids)
         groups = batching.micro_batches([self.task.length(example) for example in share.examples], self.tokens, self.pass_cost)
-        weight = 0.0 if share.borrowed else 1.0
+        passes = _Passes(share, groups, number, row_keys(self.settings.seed, number, share.row_ids))
         if self._wrapped is None:
             self._wrapped = self._wrap([share.examples[place] for place in groups[-1]])
-        losses, items = [], 0.0
-        for group in groups:
-            synchronise = group is groups[-1]
-            with contextlib.nullcontext() if synchronise or self.world == 1 else self._wrapped.no_sync():
-                self.keys.set([row_key[place] for place in group], self.device)
-                loss, count = self._loss(self._wrapped, [share.examples[place] for place in group])
-                self._backward(loss * weight)
-            losses.append(loss.detach())
-            items += count
+        total, items, finite = (self._joint if self.task.joint else self._separate)(passes)
         rows = 0 if share.borrowed else len(set(share.row_ids))
-        counts = torch.tensor([items * weight, rows], dtype=torch.float64, device=self.device)
-        totals = torch.cat([torch.stack(losses).sum(dtype=torch.float64).reshape(1) * weight, counts])
+        counts = torch.tensor([items, rows], dtype=torch.float64, device=self.device)
+        totals = torch.cat([total.to(torch.float64).reshape(1), counts])
         if self.world > 1:
             dist.all_reduce(totals)
         for embedding in self.embeddings:
             embedding.collect()
-        outcome = self._apply(number, totals, lambda: self._suspects(share, groups, losses))
+        outcome = self._apply(number, totals, lambda: self._suspects(share, groups, finite))
         self.optimizer.zero_grad(set_to_none=True)
         for embedding in self.embeddings:
             embedding.clear()
@@ -134,9 +138,93 @@ class Stepper:
         """What optimizer step `number` (from 1) is made with."""
         return self.settings.learning_rate * self._rate(number - 1)
 
+    def _separate(self, passes: _Passes) -> tuple[torch.Tensor, float, list[torch.Tensor]]:
+        """The backward passes of a loss that is a sum over examples: this worker's part of it, its items, and a number for each
+        micro-batch that is finite where its loss is."""
+        weight = 0.0 if passes.share.borrowed else 1.0
+        self._seed(passes)
+        losses, items = [], 0.0
+        for group in passes.groups:
+            with self._pass(passes, group, synchronise=group is passes.groups[-1]):
+                loss, count = self._loss(self._wrapped, passes.examples(group))
+                self._backward(loss * weight)
+            losses.append(loss.detach())
+            items += count * weight
+        return torch.stack(losses).sum(dtype=torch.float64) * weight, items, losses
+
+    def _joint(self, passes: _Passes) -> tuple[torch.Tensor, float, list[torch.Tensor]]:
+        """As `_separate`, for a loss of the whole global batch, in memory that one micro-batch needs (GradCache: Gao et al. 2021,
+        arXiv 2101.06983).
+
+        A first pass without gradients represents every example; the loss of all workers' examples gives the gradient of each
+        representation; a second pass takes it back into the weights. Dropout is keyed by row and the generators start
+        from the same seed, so both passes are the same. One micro-batch of one worker needs no second one. Rank 0 counts the loss.
+        """
+        share, groups = passes.share, passes.groups
+        once = self.world == 1 and len(groups) == 1
+        self._seed(passes)
+        parts = []
+        with contextlib.nullcontext() if once else torch.no_grad():
+            for group in groups:
+                with self._pass(passes, group, synchronise=once):
+                    parts.append(self._represent(self._wrapped, passes.examples(group)))
+        order = torch.tensor([place for group in groups for place in group], device=self.device).argsort()
+        own = torch.cat(parts)[order]
+        relations = [] if share.borrowed else [self.task.relation(example) for example in share.examples]
+        every, relations, first = self._gather(own, relations)
+        if not once:
+            every.requires_grad_()
+        loss, items = self.task.joint_loss(every, relations, label_smoothing=self.settings.label_smoothing_factor)
+        if once:
+            self._backward(loss)
+        else:
+            loss.backward()
+            assert every.grad is not None
+            gradient = torch.zeros_like(own) if share.borrowed else every.grad[first : first + len(own)]
+            self._seed(passes)
+            for group in groups:
+                with self._pass(passes, group, synchronise=group is groups[-1]):
+                    again = self._represent(self._wrapped, passes.examples(group))
+                    self._backward((again * gradient[group]).sum())
+        counted = float(self.rank == 0)
+        return loss.detach() * counted, items * counted, [part.detach().sum() for part in parts]
+
+    def _gather(self, own: torch.Tensor, relations: list[Any]) -> tuple[torch.Tensor, list[Any], int]:
+        """All workers' representations and relations, worker by worker, and where this worker's begin. A borrower has none."""
+        if self.world == 1:
+            return own, relations, 0
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, relations)
+        counts = [len(its) for its in found]
+        padded = own.new_zeros(max(counts), *own.shape[1:])
+        padded[: len(relations)] = own[: len(relations)]
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        every = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        return every, [relation for its in found for relation in its], sum(counts[: self.rank])
+
+    def _seed(self, passes: _Passes) -> None:
+        """Sets all generators to where this worker's passes of a step begin."""
+        from accelerate.utils import set_seed
+
+        text = f"{self.settings.seed}/{passes.number}/{self.rank}"
+        set_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little"))
+
+    @contextlib.contextmanager
+    def _pass(self, passes: _Passes, group: list[int], *, synchronise: bool) -> Iterator[None]:
+        """One micro-batch goes through the model; the last one of a step synchronises gradients."""
+        self.keys.set([passes.keys[place] for place in group], self.device)
+        with contextlib.nullcontext() if synchronise or self.world == 1 else self._wrapped.no_sync():
+            yield
+
     def _loss(self, model: Any, examples: Sequence[Example]) -> tuple[torch.Tensor, float]:
-        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in self.task.collate(examples, self.processor).items()}
-        return self.task.loss(model, batch, label_smoothing=self.settings.label_smoothing_factor)
+        return self.task.loss(model, self._batch(examples), label_smoothing=self.settings.label_smoothing_factor)
+
+    def _represent(self, model: Any, examples: Sequence[Example]) -> torch.Tensor:
+        return self.task.represent(model, self._batch(examples))
+
+    def _batch(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in self.task.collate(examples, self.processor).items()}
 
     def _backward(self, loss: torch.Tensor) -> None:
         scaler = self.accelerator.scaler
@@ -173,9 +261,9 @@ class Stepper:
             scaler.update()
         return Outcome(loss=loss, grad_norm=norm, rows=int(rows))
 
-    def _suspects(self, share: Share, groups: list[list[int]], losses: list[torch.Tensor]) -> str:
-        """Row ids of the micro-batches without a finite loss, of all workers; of the whole batch where every loss is finite."""
-        bad = [group for group, loss in zip(groups, losses, strict=True) if not torch.isfinite(loss)]
+    def _suspects(self, share: Share, groups: list[list[int]], finite: list[torch.Tensor]) -> str:
+        """Row ids of the micro-batches whose number in `finite` is not, of all workers; of the whole batch where every one is."""
+        bad = [group for group, number in zip(groups, finite, strict=True) if not torch.isfinite(number)]
         mine = [] if share.borrowed else [[share.row_ids[place] for place in group] for group in (bad or groups)]
         found = [(bool(bad), mine)]
         if self.world > 1:
@@ -194,7 +282,7 @@ class Stepper:
         """
         if self.world == 1:
             return self.accelerator.prepare_model(self.model, evaluation_mode=True)
-        self._loss(self.model, examples)[0].backward()
+        (self._represent(self.model, examples).sum() if self.task.joint else self._loss(self.model, examples)[0]).backward()
         unused = torch.tensor(float(any(parameter.grad is None for parameter in self.trained.values())), device=self.device)
         dist.all_reduce(unused, op=dist.ReduceOp.MAX)
         self.optimizer.zero_grad(set_to_none=True)

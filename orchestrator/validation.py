@@ -58,7 +58,8 @@ class Validation:
     def _score(self, parts: Sequence[tuple[list[tuple[int, Row, Prediction]], float, float]]) -> dict[str, float]:
         answers = sorted((answer for part, _, _ in parts for answer in part), key=lambda answer: answer[0])
         rows, predictions = [row for _, row, _ in answers], [prediction for _, _, prediction in answers]
-        loss = sum(total for _, total, _ in parts) / (sum(items for _, _, items in parts) or 1.0)
+        losses = predictor.Losses(sum(total for _, total, _ in parts), sum(items for _, _, items in parts))
+        loss = losses.of(self._task, predictions, rows)
         metrics = {**self._task.score(predictions, rows), **self._task.of_loss(loss), "loss": loss}
         if missing := [name for name in self._wanted if name not in metrics]:
             metrics = {**self._task.score(predictions, rows, missing), **metrics}

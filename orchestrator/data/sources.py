@@ -105,7 +105,8 @@ def map_columns(
 ) -> dict[str, str]:
     """Role -> column of the files, for the roles that have one; `targets=False` asks for no target column (prediction).
 
-    Raises `InputError` where a column is missing, with the columns there are and the line that would put it right.
+    For prediction a role may be `optional_at_prediction`; one input there must be. Raises `InputError` where a column is
+    missing, with the columns there are and the line that would put it right.
     """
     if unknown := [role for role in section.columns if role not in roles]:
         raise InputError(f"data.columns: the task has no role {unknown[0]!r}.{did_you_mean(unknown[0], roles)}")
@@ -113,12 +114,16 @@ def map_columns(
     for role, column in roles.items():
         name = section.columns.get(role, role)
         needed = column.required or role in section.columns
-        if column.target and not targets:
+        if not targets and (column.target or column.optional_at_prediction):
             needed = False
         if name in columns:
             mapping[role] = name
         elif needed:
             raise _no_column(section, where, role, column, name, columns)
+    inputs = {role: column for role, column in roles.items() if not column.target}
+    if not targets and inputs and not mapping.keys() & inputs.keys():
+        role = next(iter(inputs))
+        raise _no_column(section, where, role, inputs[role], section.columns.get(role, role), columns)
     return mapping
 
 

@@ -48,6 +48,8 @@ class Column(Schema):
     required: bool = True
     target: bool = False
     """True for what the model learns to say: absent at prediction time."""
+    optional_at_prediction: bool = False
+    """A row to predict may have other inputs of the task instead, such as one text of a pair."""
     help: str = ""
 
 
@@ -67,6 +69,9 @@ class Task(Schema):
     """What `init` writes as `model.base`; None: the model of the task's first recipe."""
     augments: ClassVar[bool] = False
     """Whether `encode_to_train` differs from `encode`, so that each epoch encodes anew."""
+    joint: ClassVar[bool] = False
+    """Whether the loss is one of the whole global batch, as where rows are told from each other: no sum of what each row loses.
+    Such a task has `represent`, `relation`, `joint_loss` and `split_loss` in place of `loss`."""
 
     @property
     def key(self) -> str:
@@ -167,6 +172,23 @@ class Task(Schema):
         """Sum (not mean) of the losses of a batch, and the number of items it is a sum over."""
         raise NotImplementedError
 
+    def represent(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What `joint_loss` sees of each example of a batch: float32 of shape (examples, …), one row each."""
+        raise NotImplementedError
+
+    def relation(self, example: Example) -> Any:
+        """What `joint_loss` must know of an example beside its representation: small, and plain enough to go to other workers."""
+        raise NotImplementedError
+
+    def joint_loss(
+        self, representations: torch.Tensor, relations: Sequence[Any], *, label_smoothing: float = 0.0
+    ) -> tuple[torch.Tensor, float]:
+        """Sum of the losses of a global batch, and the number of items it is a sum over; a row's examples stand together, in order.
+
+        It depends on nothing else, not on the model's weights either, and not on the order of the rows.
+        """
+        raise NotImplementedError
+
     def infer(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> list[Any]:
         """One numpy output for each example; the model is in eval mode and gradients are off. Ignores targets."""
         raise NotImplementedError
@@ -183,6 +205,10 @@ class Task(Schema):
         For tasks whose `infer` costs far more than their `loss`, as where a text is generated.
         """
         return None
+
+    def split_loss(self, predictions: Sequence[Prediction], rows: Sequence[Row]) -> float:
+        """The loss per item of a split, for `joint` tasks: of fixed groups of its rows, so that it is the same wherever they are predicted."""
+        raise NotImplementedError
 
     def of_loss(self, loss: float) -> dict[str, float]:
         """Metrics that follow from the loss per item of a whole split, such as the perplexity."""

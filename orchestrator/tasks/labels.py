@@ -76,14 +76,14 @@ def several_labels(value: Any, delimiter: str | None) -> list[str]:
     return sorted({one_label(part, "a flat list of labels") for part in parts})
 
 
-def one_number(value: Any) -> float:
+def one_number(value: Any, column: str = "label") -> float:
     """The number in a cell, or `RowError`."""
     try:
         number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
-        raise RowError("label", "a number", value) from None
+        raise RowError(column, "a number", value) from None
     if not math.isfinite(number):
-        raise RowError("label", "a finite number", value)
+        raise RowError(column, "a finite number", value)
     return number
 
 

