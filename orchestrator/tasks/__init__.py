@@ -10,6 +10,8 @@ from orchestrator.tasks.base import Task
 
 TASKS: dict[str, str] = {
     "text-classification": "orchestrator.tasks.text_classification:TextClassification",
+    "text-generation": "orchestrator.tasks.text_generation:TextGeneration",
+    "text2text": "orchestrator.tasks.text2text:Text2Text",
 }
 
 
