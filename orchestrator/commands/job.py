@@ -53,6 +53,9 @@ def validate(
     assignments: options.Assignments = None,
     storage: options.JobStorage = None,
     address: options.Ray = None,
+    show_tokens: Annotated[
+        int, typer.Option("--show-tokens", metavar="N", min=0, help="Show the tokens of N training rows, and which count in the loss.")
+    ] = 0,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -66,7 +69,14 @@ def validate(
         wrong = [check.sentence for check in checks if check.ok is False]
         if wrong:
             raise InputError("\n".join(wrong))
-        output.result({"status": "done", "run": resolved.run_id, "checks": [console.check_json(check) for check in checks]})
+        result: dict[str, Any] = {"status": "done", "run": resolved.run_id, "checks": [console.check_json(check) for check in checks]}
+        if show_tokens:
+            from orchestrator import preflight
+
+            views = preflight.token_views(resolved, show_tokens)
+            console.show_tokens(output, views)
+            result["tokens"] = views
+        output.result(result)
 
 
 def run(
