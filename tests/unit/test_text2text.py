@@ -48,7 +48,7 @@ def test_rows_without_what_is_needed_are_bad():
     one = task(source_lang="en", target_lang="zh")
     with pytest.raises(RowError, match=r"a text for the language 'en', found \['de'\]"):
         one.clean({"translation": {"de": "Sichern"}})
-    with pytest.raises(RowError, match="task.source_lang to say which of its languages"):
+    with pytest.raises(RowError, match=r"task\.source_lang to say which of its languages"):
         task().clean({"translation": {"en": "Save"}})
     with pytest.raises(RowError, match="'target': expected the text to write"):
         one.check_target(one.clean({"translation": {"en": "Save", "zh": None}}))

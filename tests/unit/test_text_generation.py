@@ -141,7 +141,7 @@ def test_a_conversation_that_says_nothing_to_learn_is_a_bad_row():
     with pytest.raises(RowError, match="'completion': expected an answer of the assistant at the end of the conversation, found 'user: a'"):
         task().check_target(asked)
     task().check_target(task().clean({"text": "a text"}))
-    with pytest.raises(RowError, match="user and assistant to take turns.*found 'user, assistant, assistant'"):
+    with pytest.raises(RowError, match=r"user and assistant to take turns.*found 'user, assistant, assistant'"):
         task().clean({"messages": [{"role": role, "content": "a"} for role in ("user", "assistant", "assistant")]})
     with pytest.raises(RowError, match=r"not empty in turn 2 \(assistant\), found ''"):
         task().clean({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]})
@@ -176,7 +176,7 @@ def test_a_long_text_is_learnt_whole_in_parts(gpt2):
     made = processors.of(task(), gpt2)
     text = "The capital of France is Paris. " * 20
     [parts] = task(problem="text", max_length=32, generate={"max_new_tokens": 8}).encode([{"text": text}], made)
-    assert sum((part["tokens"] for part in parts), []) == [*made(text)["input_ids"], made.eos_token_id]
+    assert [token for part in parts for token in part["tokens"]] == [*made(text)["input_ids"], made.eos_token_id]
     assert [bool(part["input_ids"]) for part in parts] == [False] * (len(parts) - 1) + [True]
     assert parts[-1]["input_ids"] == made(text)["input_ids"][-24:]
 
@@ -264,7 +264,7 @@ def test_rows_of_one_batch_have_settings_of_their_own(llama):
         Generation(max_new_tokens=9),
     ]
     found = generated(llama, settings, ["Hello"] * 4)
-    assert [len(one["ids"]) for one in found][0] == 3
+    assert len(found[0]["ids"]) == 3
     assert found[0]["ids"] == found[3]["ids"][:3]
     assert found[1]["ids"] != found[2]["ids"]
     assert found[0]["finish_reason"] == "length" and math.isclose(sum(math.exp(p) <= 1 for p in found[3]["logprobs"]), len(found[3]["ids"]))
