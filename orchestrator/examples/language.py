@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import struct
@@ -36,7 +37,7 @@ def dialogue(archive: Path, folder: Path) -> None:
             content = yaml.safe_load(wheel.read(name))
             for conversation in content.get("conversations") or []:
                 turns = [" ".join(str(turn).split()) for turn in conversation if turn is not None]
-                for question, answer in zip(turns, turns[1:], strict=False):
+                for question, answer in itertools.pairwise(turns):
                     if question and answer:
                         row = {"question": question, "answer": answer, "topic": Path(name).stem, "asked": _letters(question)}
                         rows.setdefault((row["asked"], answer), row)

@@ -224,6 +224,10 @@ class Task(Schema):
         """An example of `inputs`, shown on the endpoint's pages."""
         raise NotImplementedError
 
+    def probe(self) -> list[Row]:
+        """Clean rows that cost little, asked of an idle endpoint again and again: does it still answer?"""
+        return self.rows_from(self.inputs_example())
+
     def rows_from(self, inputs: Any, parameters: Any = None) -> list[Row]:
         """The clean rows in the `inputs` of a Hugging Face Inference request; `InputError` where they don't fit.
 

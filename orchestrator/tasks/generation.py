@@ -125,7 +125,7 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def difference(one: Prediction, other: Prediction, *, searched: bool = False) -> float:
-    """The largest difference between the probabilities that two texts' tokens had, up to the first token in which they differ.
+    """The mean difference between the probabilities that two texts' tokens had, up to the first token in which they differ.
 
     Rounding may turn a text in another direction where two tokens are almost equally likely, and all that follows is another text then.
     What the model said there can be compared all the same: at equal beginnings the likeliest token is as likely for both, whichever it is.
@@ -139,7 +139,7 @@ def difference(one: Prediction, other: Prediction, *, searched: bool = False) ->
     compared = list(zip(mine, its, strict=False))[: None if same is None else same if searched else same + 1]
     if same is not None and searched:
         compared.append((sum(mine) / len(mine), sum(its) / len(its)))
-    return max((abs(math.exp(p) - math.exp(q)) for p, q in compared), default=0.0)
+    return sum(abs(math.exp(p) - math.exp(q)) for p, q in compared) / max(1, len(compared))
 
 
 def details(prediction: Prediction) -> dict[str, Any]:

@@ -285,6 +285,9 @@ class Text2Text(Task):
     def inputs_example(self) -> Any:
         return "The file can not be saved." if self.problem == "translation" else "A long report. It says much. All of it in a few words."
 
+    def probe(self) -> list[Row]:
+        return [{**row, "generate": {"max_new_tokens": 1, "num_beams": 1}} for row in self.rows_from(self.inputs_example())]
+
     def rows_from(self, inputs: Any, parameters: Any = None) -> list[Row]:
         """Rows of a text, `{"source": …, "generate": …}`, or a list of these."""
         settings = self._settings(parameters)

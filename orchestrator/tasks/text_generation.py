@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
@@ -170,7 +171,7 @@ class TextGeneration(Task):
 
     # ---- model -----------------------------------------------------------------------------------------------
     def check_base(self, base: str, **from_hub: Any) -> Any:
-        """The config of the base model. Raises `InputError` where it is no decoder, has fewer positions than `max_length`, or can't be packed."""
+        """The config of the base model. Raises `InputError` where it is no decoder, has fewer positions than the tokens that are kept, or can't be packed."""
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
 
         config = AutoConfig.from_pretrained(base, **from_hub)
@@ -184,6 +185,10 @@ class TextGeneration(Task):
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         if self.max_length is not None and positions and self.max_length > positions:
             raise InputError(f"task.max_length is {self.max_length}, but the base model {base!r} has only {positions} positions.")
+        if self.max_length is None and positions and positions < (known := _tokens_known(base, from_hub)):
+            raise InputError(
+                f"task.max_length: the base model {base!r} has {positions} positions and its tokenizer would keep {known} tokens; set it to {positions} or less."
+            )
         if self.packing and "position_ids" not in _takes(config):
             raise InputError(
                 f"task.packing: a {config.model_type!r} model takes no positions, so texts behind one another would be one text to it."
@@ -288,6 +293,9 @@ class TextGeneration(Task):
     def inputs_example(self) -> Any:
         return "Once upon a time" if self.problem == "text" else [{"role": "user", "content": "What is the capital of France?"}]
 
+    def probe(self) -> list[Row]:
+        return [{**row, "generate": {"max_new_tokens": 1}} for row in self.rows_from(self.inputs_example())]
+
     def rows_from(self, inputs: Any, parameters: Any = None) -> list[Row]:
         """Rows of a text, a conversation (a list of {role, content}), `{"messages" or "text": …, "generate": …}`, or a list of these.
 
@@ -367,6 +375,16 @@ def _keeps_apart(model: Any) -> bool:
         alone = model(input_ids=ids[:, 2:], use_cache=False).logits[0].float()
     model.train(was_training)
     return bool((packed - alone).abs().mean() <= 0.02 * alone.std())
+
+
+def _tokens_known(base: str, from_hub: Mapping[str, Any]) -> int:
+    """The tokens that are kept of a conversation where the job names no limit; 0 for a bundle's model, whose tokenizer lies elsewhere."""
+    from transformers import AutoTokenizer
+
+    folder = Path(base)
+    if folder.is_dir() and not (folder / "tokenizer_config.json").is_file():
+        return 0
+    return min(int(AutoTokenizer.from_pretrained(base, **from_hub).model_max_length), DEFAULT_MAX_LENGTH)
 
 
 @functools.lru_cache(maxsize=8)

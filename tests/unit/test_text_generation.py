@@ -303,8 +303,8 @@ def test_texts_are_told_apart_by_what_the_model_said_where_they_part():
     def text(ids, *probabilities):
         return {"ids": ids, "logprobs": [math.log(p) for p in probabilities]}
 
-    assert generation.difference(text([1, 2, 3], 0.9, 0.5, 0.9), text([1, 4, 5], 0.9, 0.499, 0.1)) == pytest.approx(0.001)
-    assert generation.difference(text([1, 2], 0.9, 0.9), text([1, 4], 0.9, 0.5)) == pytest.approx(0.4)
+    assert generation.difference(text([1, 2, 3], 0.9, 0.5, 0.9), text([1, 4, 5], 0.9, 0.499, 0.1)) == pytest.approx(0.0005)
+    assert generation.difference(text([1, 2], 0.9, 0.9), text([1, 4], 0.9, 0.5)) == pytest.approx(0.2)
     assert generation.difference(text([1], 0.9), text([1, 2], 0.9, 0.9)) == math.inf
     drawn = [
         {**text([1, 2], 0.1, 0.2), "likeliest": [math.log(0.5), math.log(0.6)]},
