@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs import validate
-from orchestrator import cluster, pipeline, preflight, tuning
+from orchestrator import cluster, parents, pipeline, preflight, tuning
 from orchestrator.config import JobConfig, load
 from orchestrator.progress import Display
 from orchestrator.records import DeployRecord, EvaluateRecord, PreparedData, RegisterRecord
@@ -36,8 +36,11 @@ def main(
 
     With `keep_serving` the endpoint stays up until Ctrl-C. On a cluster that outlives this process it stays anyway.
     """
-    run = pipeline.Run(job, display)
     display.stage("check")
+    job = parents.settled(job, fresh=fresh)
+    if job.model.parent is not None:
+        display.say(f"{job.model.base} is {job.model.parent}, now and whenever this run goes on; --fresh looks for the newest")
+    run = pipeline.Run(job, display)
     for sentence in cluster.sweep():  # what a killed run left behind may hold the endpoint's port
         display.say(sentence)
     validate.require(job, register=until in ("register", "deploy"), serve=until == "deploy", address=address)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 
-from orchestrator import preflight, tuning
+from orchestrator import parents, preflight, tuning
 from orchestrator.config import JobConfig
+from orchestrator.data import scan
+from orchestrator.data.scan import Scan
 from orchestrator.doctor import Check
 from orchestrator.errors import InputError
+from orchestrator.progress import Display
 
 
 def main(job: JobConfig, *, register: bool = True, serve: bool = True, address: str | None = None) -> list[Check]:
@@ -16,10 +19,30 @@ def main(job: JobConfig, *, register: bool = True, serve: bool = True, address: 
     Without `register` the registry is left out, and without `serve` the endpoint: nothing up to evaluation needs them.
     """
     embedded = not (address or os.environ.get("RAY_ADDRESS"))
+    try:
+        job = parents.settled(job)
+    except InputError as error:
+        return [Check("model", False, str(error))]
     checks = preflight.check(job, serve=register, embedded=embedded)
     if job.search is not None and embedded and all(check.ok for check in checks):
         checks.append(_trials(job))
     return [*checks, _endpoint(job, embedded=embedded)] if serve else checks
+
+
+def every_row(job: JobConfig, display: Display) -> tuple[Check, Scan | None]:
+    """Reads and checks all rows; the second is what is in them, None where that can't be told."""
+    try:
+        found = scan.scan(job, display)
+    except InputError as error:
+        return Check("rows", False, str(error)), None
+    try:
+        scan.refuse(job, found)
+        preflight.require_parts(parents.settled(job), found.task)
+    except InputError as error:
+        return Check("rows" if found.bad else "model", False, str(error)), found
+    counts = ", ".join(f"{rows:,} {split}" for split, rows in found.rows.items())
+    bad = f"; {found.bad:,} can't be used and will be left out ({found.share:.2%})" if found.bad else ", all of them usable"
+    return Check("rows", True, f"{counts}{bad}"), found
 
 
 def require(job: JobConfig, *, register: bool = True, serve: bool = True, address: str | None = None) -> None:

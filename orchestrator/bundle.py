@@ -1,6 +1,8 @@
 """The bundle: what is served. Weights, processor, the completed task and what is needed to trust them, in one folder.
 
-    model/            weights (safetensors) and config
+    model/            weights (safetensors) and config; or, of an adapter bundle,
+    adapter/          the weights that were trained, and their settings, as PEFT keeps them
+    base.json         what it was trained on: `base` and `revision` as a job names them, and `digest` of its content
     processor/        tokenizer or other processor
     task.json         the completed task
     job.json          the job that made it
@@ -32,13 +34,15 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from orchestrator import tasks
-from orchestrator.errors import InputError
+from orchestrator.errors import InputError, StageError
 from orchestrator.storage import Folder
 from orchestrator.tasks.base import Task
 
 FORMAT = 1
 LIBRARIES = ("accelerate", "numpy", "peft", "pyarrow", "ray", "ray-orchestrator", "safetensors", "tokenizers", "torch", "transformers")
 
+_NAMELESS = re.compile(r"LABEL_\d+")
+"""What transformers calls a label of which it doesn't know the name."""
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 
@@ -56,6 +60,8 @@ class Bundle:
     environment: dict[str, Any]
     digest: str
     """SHA-256 of the manifest, and so of everything in the bundle."""
+    base: dict[str, Any] | None = None
+    """Of an adapter bundle: `base`, `revision` and `digest` of the model that the adapter belongs on."""
 
     @property
     def name(self) -> str:
@@ -66,18 +72,40 @@ class Bundle:
         return self.path / "model"
 
     @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
     def processor(self) -> Path:
         return self.path / "processor"
 
 
 def write(
-    folder: Folder, *, model: Any, processor: Any, task: Task, job: dict[str, Any], lineage: dict[str, Any], metrics: dict[str, Any]
+    folder: Folder,
+    *,
+    model: Any,
+    processor: Any,
+    task: Task,
+    job: dict[str, Any],
+    lineage: dict[str, Any],
+    metrics: dict[str, Any],
+    base: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the bundle of a trained plain `model` (adapters merged); `folder` is replaced, and seen whole or not at all."""
+    """Writes the bundle of a trained model; `folder` is replaced, and seen whole or not at all.
+
+    `model` is a plain one, adapters merged; with `base` it is one in adapters, of which only what was trained is written.
+    Raises `StageError` where the model doesn't know the names of the task's labels.
+    """
+    _require_label_names(task, getattr(model, "config", None))
     with tempfile.TemporaryDirectory(prefix="orchestrator-bundle-", dir=_near(folder)) as temporary:
         place = Path(temporary) / "bundle"
         place.mkdir()
-        model.save_pretrained(place / "model")
+        if base is None:
+            model.save_pretrained(place / "model")
+        else:
+            from orchestrator import adapters
+
+            adapters.save(model, place / "adapter", base["base"])
         processor.save_pretrained(place / "processor")
         contents = {
             "task": task.to_json(),
@@ -85,12 +113,29 @@ def write(
             "environment": environment(),
             "lineage": without_secrets(lineage),
             "metrics": metrics,
+            **({} if base is None else {"base": without_secrets(base)}),
         }
         for name, value in contents.items():
             (place / f"{name}.json").write_bytes(_json(value))
         files = sorted(path for path in place.rglob("*") if path.is_file())
         (place / "manifest.json").write_bytes(_manifest({path.relative_to(place).as_posix(): _entry(path) for path in files}))
         folder.put(place)
+
+
+def _require_label_names(task: Task, config: Any) -> None:
+    """The model answers in other programs too, which read names from its config: LABEL_0 would be all that they know."""
+    labels = task.label_names
+    names = getattr(config, "id2label", None)
+    if not labels or not isinstance(names, dict):
+        return
+    if nameless := [name for name in names.values() if _NAMELESS.fullmatch(str(name)) and name not in labels]:
+        raise StageError(
+            f"The task has the labels {', '.join(map(repr, labels[:5]))}{', …' * (len(labels) > 5)}, but the model's config calls one {nameless[0]!r}: "
+            "the task must give its label names to the config (id2label, label2id) when it makes the model."
+        )
+    back = {name: int(place) for name, place in (getattr(config, "label2id", None) or {}).items()}
+    if back != {name: int(place) for place, name in names.items()}:
+        raise StageError("The model's config says other numbers for labels in label2id than in id2label; the task must set both.")
 
 
 def complete(folder: Folder, *, metrics: dict[str, dict[str, float]], golden: list[dict[str, Any]]) -> None:
@@ -134,8 +179,23 @@ def load(uri: str) -> Bundle:
         golden=read("golden.json", []),
         lineage=read("lineage.json", {}),
         environment=read("environment.json", {}),
-        digest=hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest(),
+        base=read("base.json", None),
+        digest=digest(Folder(str(path))),
     )
+
+
+def is_bundle(place: str) -> bool:
+    """Whether a local folder or URI is a bundle's, rather than a model's or nothing."""
+    folder = Folder(place)
+    return (folder / "manifest.json").exists() and (folder / "task.json").exists()
+
+
+def digest(folder: Folder) -> str:
+    """SHA-256 of a bundle's manifest, and so of everything in it."""
+    try:
+        return hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    except FileNotFoundError:
+        raise InputError(f"{str(folder)!r} is not a bundle: it has no manifest.json.") from None
 
 
 def cache() -> Path:

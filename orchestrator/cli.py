@@ -7,6 +7,7 @@ standard error; with `--json` the last line of standard output is one JSON objec
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -58,6 +59,8 @@ app.add_typer(cluster.jobs, name="jobs", rich_help_panel="Clusters")
 
 def main() -> None:
     """The `orchestrator` command."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # For tasks of the user's own; last, so that nothing there takes the place of a package.
     with errors_to_exit_status(json="--json" in sys.argv):
         try:
             code = app(standalone_mode=False, prog_name="orchestrator")

@@ -87,14 +87,58 @@ class LoraSection(Schema):
     dropout: Share = 0.0
     """Share of the adapters' inputs dropped while training."""
     target_modules: Literal["auto"] | list[str] = "auto"
-    """Names of the layers that get adapters; auto: all linear layers."""
+    """Names of the layers that get adapters; auto: all linear layers of the backbone, of a model without any all convolutions."""
+    use_dora: bool = False
+    """Learn the size of each weight apart from its direction (DoRA, Liu et al. 2024, arXiv 2402.09353): better at low ranks, slower."""
+    use_rslora: bool = False
+    """Scale by the root of the rank (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732), so that high ranks learn as fast as low ones."""
+    save: Literal["merged", "adapter"] = "merged"
+    """What the bundle holds: the whole model with the adapter in it, or the small adapter and the name and digest of its base."""
+
+
+def _freeze(value: Any) -> Any:
+    """`freeze: backbone`, `freeze: 6` and `freeze: [names]` as the section that they stand for; other values as they are."""
+    if value == "backbone":
+        return {"backbone": True}
+    if isinstance(value, int) and not isinstance(value, bool):
+        return {"layers": value}
+    if isinstance(value, str):
+        return {"names": [value]}
+    return {"names": value} if isinstance(value, (list, tuple)) else value
+
+
+class FreezeSection(Schema):
+    """Weights that are not trained."""
+
+    backbone: bool = False
+    """All but the head and new weights."""
+    layers: Annotated[int, Field(ge=0)] | None = None
+    """The embeddings and so many layers, counted from the input."""
+    names: list[str] = []
+    """Weights or modules by name, also by the end of it, and by patterns: embeddings, encoder.layer.0, *.attention.*."""
+
+
+Freeze = Annotated[
+    FreezeSection,
+    BeforeValidator(_freeze),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"const": "backbone", "type": "string"},
+                {"minimum": 0, "type": "integer"},
+                {"items": {"type": "string"}, "type": "array"},
+                {"type": "object"},
+            ]
+        }
+    ),
+]
 
 
 class ModelSection(Schema):
     """The pretrained model to start from."""
 
     base: Annotated[str, Field(min_length=1)]
-    """Hub id, local folder, package://module/path for a model inside an installed package, example://name, or config://model_type."""
+    """Hub id, folder (also a bundle), package://module/path, example://name, config://model_type, run:JOB or model:NAME@alias."""
     config: dict[str, Any] = {}
     """config://: sizes of the model from scratch, by the names of its class in transformers, such as {hidden_size: 256}."""
     processor: dict[str, Any] = {}
@@ -103,10 +147,29 @@ class ModelSection(Schema):
     """Branch, tag or commit of a hub model; not set: its main branch."""
     lora: LoraSection | None = None
     """Train adapters instead of all weights; `{}` takes the defaults."""
+    freeze: Freeze | None = None
+    """Not trained: backbone (all but the head), the first N layers with the embeddings, or [names]."""
+    head_dropout: Share | None = None
+    """Share of the head's inputs dropped while training; not set: the model's own."""
     attn_implementation: str | None = None
     """As in transformers: sdpa, eager, flash_attention_2, …; not set: the fastest that the model supports."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model. It can do whatever this user can."""
+    parent: str | None = None
+    """Bundle that run:JOB or model:NAME stood for when the run began; the product writes it down, so that a resumed run has the same."""
+
+    @property
+    def source(self) -> str:
+        """Where the base model really is."""
+        return self.parent or self.base
+
+    @model_validator(mode="after")
+    def _trains_what_it_says(self) -> ModelSection:
+        if self.lora is not None and self.freeze is not None and self.freeze.backbone:
+            raise ValueError("lora freezes the backbone already; leave freeze: backbone out, or lora")
+        if self.lora is not None and self.lora.save == "adapter" and self.base.startswith("config://"):
+            raise ValueError("lora.save: adapter needs a base that is there for others too; a model from scratch takes save: merged")
+        return self
 
     @model_validator(mode="after")
     def _sizes_are_of_a_model_from_scratch(self) -> ModelSection:
@@ -121,6 +184,10 @@ class TrainingSection(Schema):
 
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     """Peak of the schedule."""
+    layerwise_lr_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Each layer's learning rate as a share of that of the layer after it, such as 0.9; the head has the whole rate. Not set: all alike."""
+    head_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak of the head's learning rate; not set: `learning_rate`."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
     """Times that every training row is seen; a part of one is a part of the rows."""
     max_steps: int = -1
@@ -414,7 +481,7 @@ class SearchSection(Schema):
     max_examples: Positive | None = None
     """Training rows over all trials after which none goes on; None: no limit."""
     max_disk: Bytes = "20 GB"  # pyright: ignore[reportAssignmentType]
-    """Bytes that checkpoints of the sweep may take; what can't win any more is deleted first."""
+    """Bytes that the trials may take, the bundles of the winner and the default included; checkpoints that can't win are deleted first."""
     plateau: Positive | None = None
     """The sweep ends when the best has not improved in so many finished trials; None: never."""
     max_failures: Annotated[int, Field(ge=0)] = 2
@@ -466,6 +533,7 @@ class JobConfig(Schema):
         continues on another number of workers.
         """
         question = self.model_dump(mode="json", include={"task", "model", "data", "training", "evaluation"})
+        question["model"].pop("parent")  # what run:JOB stands for is found by a run that has its folder already
         if self.training.per_device_train_batch_size is not None:
             question["num_workers"] = self.resources.num_workers if self.search is None else self.search.workers_per_trial
         if self.search is not None:

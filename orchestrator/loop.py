@@ -23,6 +23,7 @@ from orchestrator import checkpoints, models
 from orchestrator.checkpoints import Checkpoint
 from orchestrator.dropout import row_keyed
 from orchestrator.errors import InputError, StageError
+from orchestrator.freezing import still
 from orchestrator.step import Share, Stepper
 from orchestrator.storage import Folder
 from orchestrator.tasks.base import Task
@@ -128,7 +129,7 @@ def train(
         raise InputError("There are no rows to train on.")
     total = total_steps(settings, per_epoch)
     was_training = model.training
-    with row_keyed(model, settings.seed) as keys, contextlib.ExitStack() as stack:
+    with row_keyed(model, settings.seed) as keys, still(model), contextlib.ExitStack() as stack:
         stepper = Stepper(
             task,
             model,

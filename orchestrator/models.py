@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.errors import InputError, did_you_mean
+from orchestrator.errors import InputError
+from orchestrator.loading import Weights, listening, weightless
 from orchestrator.tasks.base import Task
 
 if TYPE_CHECKING:
     import torch
 
-    from orchestrator.config import LoraSection, ModelSection
+    from orchestrator.config import ModelSection
 
 Precision = Literal["bf16", "fp16", "fp32"]
-HEADS = ("classifier", "score", "qa_outputs", "classification_head")
-"""What transformers calls the head of a model that has one and whose weights are all there."""
 
 log = logging.getLogger(__name__)
 
@@ -47,17 +44,17 @@ def resolve(base: str, revision: str | None = None) -> str:
 
 
 def load(task: Task, section: ModelSection, *, precision: Precision, seed: int = 42) -> torch.nn.Module:
-    """The module to train, with LoRA adapters where the job asks for them.
+    """The module to train, with LoRA adapters and frozen weights where the job asks for them.
 
     Trained weights are fp32 whatever the precision (autocast casts what it computes with); the frozen base under
     adapters is bf16 where the precision is. Weights that the checkpoint lacks are drawn from `seed` and named in the log.
     """
-    model, new = without_adapters(task, section, precision=precision, seed=seed)
-    return with_adapters(model, section, new, seed=seed)
+    model, found = without_adapters(task, section, precision=precision, seed=seed)
+    return with_adapters(model, section, found, seed=seed)
 
 
-def without_adapters(task: Task, section: ModelSection, *, precision: Precision, seed: int = 42) -> tuple[torch.nn.Module, list[str]]:
-    """The first half of `load`: the base model with the task's head, and the names of the weights that were drawn from `seed`."""
+def without_adapters(task: Task, section: ModelSection, *, precision: Precision, seed: int = 42) -> tuple[torch.nn.Module, Weights]:
+    """The first half of `load`: the base model with the task's head, and which of its weights are not the checkpoint's."""
     import torch
 
     base = resolve(section.base, section.revision)
@@ -67,24 +64,53 @@ def without_adapters(task: Task, section: ModelSection, *, precision: Precision,
         options["attn_implementation"] = section.attn_implementation
     with explained(task, section.base), quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = task.model(base, **options)
-    new = _new_weights(model, base, section.revision)
-    if new:
-        log.info(
-            "%d weights of %s are not in %s and start from seed %d: %s", len(new), type(model).__name__, section.base, seed, ", ".join(new)
-        )
-    return model, new
+        with listening() as heard:
+            model = task.model(base, **options)
+    found = heard.weights(model)
+    if sentence := found.sentence(section.base, seed):
+        log.info("%s", sentence)
+    return model, found
 
 
-def with_adapters(model: torch.nn.Module, section: ModelSection, new: list[str], *, seed: int = 42) -> torch.nn.Module:
-    """The second half of `load`: `model` itself, changed in place, with adapters where the job asks for them."""
+def with_adapters(model: torch.nn.Module, section: ModelSection, found: Weights, *, seed: int = 42) -> torch.nn.Module:
+    """The second half of `load`: `model` itself, changed in place, as the job wants it trained."""
     import torch
 
-    if section.lora is None:
-        return model
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return _with_adapters(model, section.lora, new)
+    from orchestrator import adapters, freezing
+
+    if section.head_dropout is not None:
+        freezing.set_head_dropout(model, section.head_dropout)
+    frozen = freezing.chosen(model, section.freeze, found.new) if section.freeze is not None else ()
+    if section.lora is not None:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = adapters.wrap(model, section.lora, found.new)
+    if frozen:
+        freezing.freeze(model, frozen)
+    return model
+
+
+def check(task: Task, section: ModelSection) -> None:
+    """Raises `InputError` where the base model has not what a job wants to adapt, freeze or drop out; reads no weights.
+
+    `task` is completed. What can't be told of a model without its weights is told when it is loaded.
+    """
+    from orchestrator import adapters, anatomy, freezing
+
+    if section.lora is None and section.freeze is None and section.head_dropout is None:
+        return
+    try:
+        with quiet(), weightless():
+            model = task.model(resolve(section.base, section.revision), **from_hub(section))
+    except Exception as error:  # noqa: BLE001  a task may do with the weights what can't be done without them
+        log.debug("The model can't be looked at before it is loaded: %s", error)
+        return
+    if section.head_dropout is not None:
+        freezing.set_head_dropout(model, section.head_dropout)
+    if section.freeze is not None:
+        freezing.chosen(model, section.freeze.model_copy(update={"backbone": False}), ())  # which weights are new is not known
+    if section.lora is not None:
+        adapters.targets(model, section.lora, anatomy.trained_in_full(model, ())[0])
 
 
 def from_hub(section: ModelSection) -> dict[str, Any]:
@@ -127,69 +153,6 @@ def hardware_precision(setting: Literal["auto", "bf16", "fp16", "fp32"]) -> Prec
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     capable = torch.cpu.get_capabilities()
     return "bf16" if capable.get("amx_bf16") or capable.get("avx512_bf16") else "fp32"
-
-
-def _with_adapters(model: torch.nn.Module, lora: LoraSection, new: list[str]) -> torch.nn.Module:
-    import peft
-    import torch
-
-    linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
-    for target in [] if lora.target_modules == "auto" else lora.target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules()):
-            raise InputError(f"model.lora.target_modules: {type(model).__name__} has no module {target!r}.{did_you_mean(target, linear)}")
-    heads = sorted({_top_module(model, name) for name in new} | {name for name, _ in model.named_children() if name in HEADS})
-    config = peft.LoraConfig(
-        r=lora.r,
-        lora_alpha=2 * lora.r if lora.alpha is None else lora.alpha,  # pyright: ignore[reportArgumentType]
-        lora_dropout=lora.dropout,
-        target_modules="all-linear" if lora.target_modules == "auto" else lora.target_modules,
-        exclude_modules=[name for name, _ in model.named_modules() if any(name == head or name.startswith(f"{head}.") for head in heads)]
-        or None,
-        modules_to_save=heads or None,
-    )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by names that are to be replaced in version 6.
-            return peft.get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
-    except ValueError as error:
-        raise InputError(f"model.lora: {_sentence(error)}") from error
-
-
-def _top_module(model: torch.nn.Module, weight: str) -> str:
-    """The largest module that holds `weight` and nothing of the base model: `pooler` of `bert.pooler.dense.weight`."""
-    parts = weight.split(".")
-    within = 1 if parts[0] == getattr(model, "base_model_prefix", "") and len(parts) > 2 else 0
-    return ".".join(parts[: within + 1])
-
-
-def _new_weights(model: torch.nn.Module, base: str, revision: str | None) -> list[str]:
-    """Names of the parameters that the checkpoint lacks or has in another shape."""
-    stored = _stored_shapes(base, revision)
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-
-    def plain(name: str) -> str:
-        return name.removeprefix(prefix).replace(".gamma", ".weight").replace(".beta", ".bias")
-
-    shapes = {plain(name): shape for name, shape in stored.items()}
-    return [name for name, parameter in model.named_parameters() if shapes.get(plain(name)) != tuple(parameter.shape)] if shapes else []
-
-
-def _stored_shapes(base: str, revision: str | None) -> dict[str, tuple[int, ...]]:
-    from safetensors import safe_open
-    from transformers.utils.hub import cached_file
-
-    def file(name: str) -> str | None:
-        return cached_file(
-            base, name, revision=revision, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-        )
-
-    index = file("model.safetensors.index.json")
-    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values())) if index else ["model.safetensors"]
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in filter(None, map(file, names)):
-        with safe_open(path, framework="pt") as weights:
-            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-    return shapes
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from orchestrator import bundle as bundles
-from orchestrator import evaluation, training, tuning
+from orchestrator import evaluation, preflight, training, tuning
 from orchestrator.config import JobConfig, digest
 from orchestrator.data.prepare import prepare
 from orchestrator.errors import InputError
@@ -158,6 +158,7 @@ def run(run: Run, *, until: Until = "deploy", promote: bool = False, deploy: Dep
     with run.timed("prepare"):
         prepared = prepare(job, run.storage, display)
     run.keep("prepare", prepared)
+    preflight.require_parts(job, prepared.task)
 
     if job.search is None:
         question = _question(run, prepared)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from orchestrator import batching, models, processors
+from orchestrator import bases, batching, models, processors
 from orchestrator.bundle import Bundle
 from orchestrator.errors import InputError, StageError
 from orchestrator.tasks.base import Example, Prediction, Row, Task
@@ -53,7 +53,7 @@ def forward(
             for places in batching.micro_batches([task.length(example) for example in examples], tokens):
                 batch = task.collate([examples[place] for place in places], processor)
                 batch = {key: value.to(device) for key, value in batch.items()}
-                once = model if losses is None else _Once(model)
+                once: Any = model if losses is None else _Once(model)
                 if losses is not None:
                     loss, items = task.loss(once, batch)
                     losses.total += float(loss)
@@ -91,10 +91,18 @@ class Predictor:
 
     `encode` and `decode` may run in several threads at once, also while `infer` runs; `infer` runs one call at a time.
     `threads` sets torch's threads for the whole process (None: left as they are). The model goes to the GPU where there is one.
+    With `share_base` an adapter's bundle is not merged into its base: its predictor shares the base's weights with the others
+    in this process, and is a little slower for it.
     """
 
     def __init__(
-        self, bundle: Bundle, *, precision: Setting = "auto", threads: int | None = None, tokens_per_batch: int = TOKENS_PER_BATCH
+        self,
+        bundle: Bundle,
+        *,
+        precision: Setting = "auto",
+        threads: int | None = None,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
+        share_base: bool = False,
     ):
         import torch
 
@@ -104,12 +112,12 @@ class Predictor:
         self.bundle, self.task, self.tokens_per_batch = bundle, bundle.task, tokens_per_batch
         self.precision = models.hardware_precision(precision)
         self.processor = processors.of(self.task, str(bundle.processor), trust_remote_code=trust)
-        options = {"trust_remote_code": True} if trust else {}
-        with models.quiet():
-            model = self.task.model(str(bundle.model), dtype=torch.float32, **options).eval()
+        model = bases.of_bundle(bundle, shared=share_base, dtype=torch.float32).eval()
         if self.precision != "fp32":
             _cast_layers(model, _dtype(self.precision))
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        if share_base:
+            bases.share(bundle, self.model)
         self._one_inference = threading.Lock()
         self._first_encoding = threading.Lock()
         self._encoded_once = False

@@ -13,7 +13,7 @@ from orchestrator.doctor import Check
 from orchestrator.errors import InputError, did_you_mean
 from orchestrator.search.space import Space
 from orchestrator.storage import Folder
-from orchestrator.tasks.base import RowError
+from orchestrator.tasks.base import RowError, Task
 
 GIB = 2**30
 
@@ -124,13 +124,24 @@ def _model(job: JobConfig) -> str:
     return f"{section.base}{f', {weights / 2**20:.0f} MiB of weights' if weights else ''}"
 
 
+def require_parts(job: JobConfig, task: Task) -> None:
+    """Raises `InputError` where the base model has not what the job, or a trial of it, wants to adapt or freeze. `task` is completed."""
+    from orchestrator import models, scratch
+
+    trials = [] if job.search is None else Space.of(job).check()
+    for section in {digest(one.model.to_json()): one.model for one in (job, *trials)}.values():
+        if section.lora is not None or section.freeze is not None or section.head_dropout is not None:
+            base = scratch.local(section, task)
+            models.check(task, section.model_copy(update={"base": base, "parent": None}))
+
+
 def weight_bytes(job: JobConfig) -> int:
     """Of the base model where it is a local folder; 0 where that is not known before it is fetched or made."""
-    from orchestrator import models, scratch
+    from orchestrator import bases, scratch
 
     if job.model.base.startswith(scratch.SCHEME):
         return 0
-    return sum(file.stat().st_size for file in Path(models.resolve(job.model.base, job.model.revision)).glob("*.safetensors"))
+    return sum(file.stat().st_size for file in Path(bases.local(job.model.source, job.model.revision)).glob("*.safetensors"))
 
 
 def _disk(job: JobConfig) -> str:

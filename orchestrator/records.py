@@ -71,6 +71,10 @@ class TrainRecord(Schema):
     """The step this run continued from, where it did."""
     history: str
     """JSONL file: metrics over steps."""
+    new_weights: tuple[str, ...] = ()
+    """Weights of the model that the base lacks; names that differ by a number only stand once, as in h.*.bias (12)."""
+    unused_weights: tuple[str, ...] = ()
+    """Weights of the base that the model has no place for."""
 
 
 class TrialRecord(Schema):

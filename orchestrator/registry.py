@@ -7,7 +7,6 @@ parameters, the metrics over time and the tables. MLflow takes seconds to import
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -25,6 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator import bases
 from orchestrator import bundle as bundles
 from orchestrator.config import JobConfig, digest
 from orchestrator.errors import InputError, StageError, did_you_mean, nearest
@@ -140,7 +140,7 @@ class Registry:
         name = job.model_name
         if not _NAME.fullmatch(name):
             raise InputError(f"registry.model: {name!r} can't name a model; it must not contain '/' or ':'.")
-        sha = bundle_digest(bundle)
+        sha = bundles.digest(bundle)
         with self._errors():
             client = self.client
             split, objective = _objective(task, metrics)
@@ -191,8 +191,11 @@ class Registry:
             self.client.set_registered_model_alias(name, alias, version.version)
         return self._resolved(name, self.client.get_model_version(name, version.version))
 
-    def export(self, model: str, target: str | Path) -> Path:
-        """Copies a model's bundle to the folder or archive (.zip, .tar.gz) `target`, which must not exist yet."""
+    def export(self, model: str, target: str | Path, *, plain: bool = False) -> Path:
+        """Copies a model's bundle to the folder or archive (.zip, .tar.gz) `target`, which must not exist yet.
+
+        `plain`: only what transformers reads, in one folder as it does: model (adapters merged, label names in its config) and processor.
+        """
         resolved = self.resolve(model)
         place = Path(target).absolute()
         if place.exists() and (place.is_file() or any(place.iterdir())):
@@ -201,13 +204,17 @@ class Registry:
         ending = next((ending for ending in ARCHIVES if place.name.endswith(ending)), None)
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=place.parent) as scratch:
+            source = loaded.path
+            if plain:
+                source = Path(scratch) / "plain"
+                bases.export(loaded, source)
             if ending is None:
-                shutil.copytree(loaded.path, Path(scratch) / "bundle")
+                shutil.copytree(source, Path(scratch) / "bundle")
                 if place.exists():
                     place.rmdir()
                 (Path(scratch) / "bundle").rename(place)
             else:
-                archive = shutil.make_archive(str(Path(scratch) / "bundle"), ARCHIVES[ending], root_dir=loaded.path)
+                archive = shutil.make_archive(str(Path(scratch) / "archive"), ARCHIVES[ending], root_dir=source)
                 Path(archive).rename(place)
         return place
 
@@ -408,14 +415,6 @@ class Registry:
         source = f"runs:/{run_id}/bundle" if served and bundle.is_local else str(bundle)
         version = client.create_model_version(name, source, run_id, tags=tags)
         return client.get_model_version(name, version.version)
-
-
-def bundle_digest(bundle: Folder) -> str:
-    """SHA-256 of a bundle's manifest, and so of everything in it."""
-    try:
-        return hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
-    except FileNotFoundError:
-        raise InputError(f"{str(bundle)!r} is not a bundle: it has no manifest.json.") from None
 
 
 def parameters(job: JobConfig) -> dict[str, str]:

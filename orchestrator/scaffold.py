@@ -8,88 +8,113 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from orchestrator.config import DataSection
-from orchestrator.data import sources
+from orchestrator.data import files, sources
 from orchestrator.errors import InputError
-from orchestrator.tasks import TASKS, create
-from orchestrator.tasks.base import Column
+from orchestrator.tasks import TASKS, create, task_class
+from orchestrator.tasks.guessing import guess
 
-TARGET_NAMES = (
-    "label",
-    "class",
-    "target",
-    "category",
-    "sentiment",
-    "stars",
-    "star",
-    "rating",
-    "score",
-    "polarity",
-    "intent",
-    "topic",
-    "tag",
-    "tags",
-)
 EXAMPLE_MODEL = "example://minilm"
+LIKELY = 0.25
+"""How well a task must fit data to be proposed for it (`Task.fits`)."""
 
 
 @dataclass(frozen=True)
-class Guess:
-    """The column taken for a role, and why; None: no column looks like it."""
+class Proposal:
+    """The task that some data look like."""
 
-    column: str | None
-    why: str
+    task: str
+    peek: sources.Peek
+    format: str | None
+    """To be said in the job file; None: the reader finds it by itself."""
+    others: tuple[str, ...] = ()
+    """Tasks that the data might be for too, the likeliest first."""
 
 
 def new(task: str | None, data: str | None, target: Path) -> str:
-    """The text of the job file `target`: for `data`, or for the task's example data. The default task is the first there is."""
-    task = task or next(iter(TASKS))
-    create(task)
+    """The text of the job file `target`: for `data`, or for the task's example data.
+
+    Without `task` it is the one that the data look like; without data the first there is.
+    """
+    if task is not None:
+        create(task)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data).name.partition(".")[0] if data else target.stem).strip("-._") or "job"
     if data is None:
-        return example(task, name=name)
-    peek = sources.peek(DataSection(train=data), "train")
-    return draft(task, peek.rows, data_path(data, target), name=name)
+        return example(task or next(iter(TASKS)), name=name)
+    return draft(propose(data, [task] if task else list(TASKS)), data_path(data, target), name=name)
 
 
-def guess(columns: Mapping[str, Column], rows: Sequence[Mapping[str, Any]]) -> dict[str, Guess]:
-    """Role -> column for the required roles of a task, from some rows: names first, then what stands in them."""
-    names = list(rows[0]) if rows else []
-    taken: set[str] = set()
-    found: dict[str, Guess] = {}
-    # Targets first: few values repeat in them, while any column of words could be the text.
-    for role, column in sorted(columns.items(), key=lambda item: not item[1].target):
-        if not column.required:
+def propose(data: str, tasks: Sequence[str]) -> Proposal:
+    """The task of `tasks` that the files `data` look like, read in the format that makes most of them.
+
+    Raises `InputError` where they can't be read, or look like none of several.
+    """
+    found: list[tuple[float, str, sources.Peek, str | None]] = []
+    refusal: InputError | None = None
+    for format in _formats():
+        try:
+            peek = sources.peek(DataSection(train=data, format=format), "train")  # pyright: ignore[reportArgumentType]
+        except InputError as error:
+            refusal = refusal or error
             continue
-        free = [name for name in names if name not in taken]
-        found[role] = _target(role, free, rows) if column.target else _input(role, column, free, rows)
-        taken.add(found[role].column or "")
-    return {role: found[role] for role in columns if role in found}
+        found += [(round(task_class(task).fits(peek.columns, peek.rows, peek.format), 3), task, peek, format) for task in tasks]
+        if format is None and peek.format != "json":  # every other format could be read as lines, or as nothing else
+            break
+    if not found:
+        raise refusal or InputError(f"init: {data!r} can't be read.")
+    # Of equals the format that finds more in the files: boxes beside images, rather than lines of text.
+    score, task, peek, format = max(found, key=lambda one: (one[0], len(one[2].columns)))
+    if score < LIKELY and len(tasks) > 1:
+        columns = ", ".join(map(repr, found[0][2].columns))
+        raise InputError(f"init: no task fits the columns {columns} of {data!r}; say which it is with --task: {', '.join(tasks)}.")
+    near = [one for one in found if one[3] == format and one[1] != task and one[0] >= max(LIKELY, 0.6 * score)]
+    return Proposal(task, peek, format, tuple(name for _, name, _, _ in sorted(near, key=lambda one: -one[0])))
 
 
-def draft(task: str, rows: Sequence[Mapping[str, Any]], data: str, *, name: str) -> str:
-    """The text of a job file for `task` on the files `data`, whose first rows are `rows`."""
-    lines = [
-        f"  {role}: {_scalar(found.column or role)}{_comment(found.why)}" for role, found in guess(create(task).columns(), rows).items()
-    ]
-    return _file(task, name, EXAMPLE_MODEL, ["train: " + _scalar(data), "columns:", *lines])
+def _formats() -> list[str | None]:
+    """What a reader finds by itself, then the formats that no ending of a file stands for."""
+    named = [format for choice in get_args(DataSection.model_fields["format"].annotation) for format in get_args(choice)]
+    return [None, *(format for format in named if format not in (*files.FORMATS.values(), "folder"))]
+
+
+def draft(proposal: Proposal, data: str, *, name: str) -> str:
+    """The text of a job file for the task of `proposal` on the files `data`."""
+    task, lines = proposal.task, ["train: " + _scalar(data)]
+    if proposal.format is not None:
+        lines.append("format: " + proposal.format)
+    found = guess(create(task).columns(), proposal.peek.rows)
+    required = {role for role, column in create(task).columns().items() if column.required}
+    columns = {role: given for role, given in found.items() if role in required or given.column is not None}
+    lines += ["columns:", *(f"  {role}: {_scalar(given.column or role)}{_comment(given.why)}" for role, given in columns.items())]
+    why = f"what the columns look like{f'; might be {_or(proposal.others)} too' if proposal.others else ''}"
+    return _file(
+        task, name, {"base": task_class(task).example_model} if task_class(task).example_model else example_model(task), lines, why
+    )
+
+
+def example_model(task: str) -> dict[str, Any]:
+    """The `model` section of a task's first recipe."""
+    recipe = _recipe(task)
+    return {"base": EXAMPLE_MODEL} if recipe is None else recipe["model"]
 
 
 def example(task: str, *, name: str) -> str:
     """The text of a job file for `task` on the data of its recipe, which can be run as it is."""
-    folder = resources.files("jobs") / "recipes" / re.sub(r"\W", "-", task)
-    recipes = (
-        sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name) if folder.is_dir() else []
-    )
-    if not recipes:
+    recipe = _recipe(task)
+    if recipe is None:
         raise InputError(f"init: there is no example data for the task {task!r}; name your own with --data FILE.")
-    recipe = yaml.safe_load(recipes[0].read_text(encoding="utf-8"))
-    lines = yaml.safe_dump(recipe["data"], allow_unicode=True, sort_keys=False, width=120).splitlines()
-    return _file(recipe["task"], name, recipe["model"]["base"], lines)
+    return _file(recipe["task"], name, recipe["model"], _yaml(recipe["data"]))
+
+
+def _recipe(task: str) -> dict[str, Any] | None:
+    """The first recipe that ships for a task."""
+    folder = resources.files("jobs") / "recipes" / re.sub(r"\W", "-", task)
+    found = [file for file in folder.iterdir() if file.name.endswith(".yaml")] if folder.is_dir() else []
+    return yaml.safe_load(min(found, key=lambda file: file.name).read_text(encoding="utf-8")) if found else None
 
 
 def write(target: Path, text: str, *, force: bool) -> None:
@@ -108,38 +133,12 @@ def data_path(data: str, target: Path) -> str:
     return os.path.relpath(data, target.resolve().parent)
 
 
-def _target(role: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Guess:
-    def rank(name: str) -> tuple[bool, int]:
-        return (not _named(name, (role, *TARGET_NAMES)), len(_distinct(name, rows)))
-
-    likely = [name for name in names if _named(name, (role, *TARGET_NAMES)) or 1 < len(_distinct(name, rows)) <= max(2, len(rows) // 4)]
-    if not likely:
-        return Guess(None, f"no column looks like it; there is {', '.join(names) or 'none'}")
-    best = min(likely, key=rank)
-    values = _distinct(best, rows)
-    shown = ", ".join(sorted(str(value)[:20] for value in values)[:6])
-    return Guess(best, f"{len(values)} different: {shown}" if len(values) <= 6 else f"{len(values)} different, such as {shown}")
+def _or(names: Sequence[str]) -> str:
+    return " or ".join(names)
 
 
-def _input(role: str, column: Column, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Guess:
-    def length(name: str) -> float:
-        values = [row.get(name) for row in rows]
-        return sum(len(value) for value in values if isinstance(value, str)) / max(1, len(values))
-
-    exact = [name for name in names if _named(name, (role,))]
-    texts = exact or [name for name in names if length(name) > 0]
-    if not texts:
-        return Guess(None, f"no column looks like it; there is {', '.join(names) or 'none'}")
-    best = max(texts, key=length)
-    return Guess(best, f"{length(best):.0f} characters on average" if column.kind == "text" else "")
-
-
-def _distinct(name: str, rows: Sequence[Mapping[str, Any]]) -> set[Any]:
-    return {repr(value) if isinstance(value, (list, dict)) else value for row in rows if (value := row.get(name)) not in (None, "")}
-
-
-def _named(column: str, names: Sequence[str]) -> bool:
-    return bool(set(re.split(r"[^a-z]+", column.lower())) & set(names))
+def _yaml(value: Mapping[str, Any]) -> list[str]:
+    return yaml.safe_dump(dict(value), allow_unicode=True, sort_keys=False, width=120).splitlines()
 
 
 def _scalar(value: Any) -> str:
@@ -150,11 +149,17 @@ def _comment(text: str) -> str:
     return f"    # {' '.join(text.split())}" if text else ""
 
 
-def _file(task: Any, name: str, base: str, data: Sequence[str]) -> str:
+def _file(task: Any, name: str, model: Mapping[str, Any], data: Sequence[str], why: str = "") -> str:
     said = {line.partition(":")[0] for line in data}
     more = [f"  #{line}" for line in DATA_KEYS if line.partition(":")[0] not in said]
     section = "\n".join([*(f"  {line}" for line in data), *more])
-    return TEMPLATE.format(task=_scalar(task), name=_scalar(name), base=_scalar(base), data=section)
+    base = f"{_scalar(model['base'])}    # hub id, folder, package://module/path, example://name or config://model_type"
+    rest = [f"  {line}" for line in _yaml({key: value for key, value in model.items() if key != "base"})] if len(model) > 1 else []
+    more = [f"  #{line}" for line in MODEL_KEYS if line.partition(":")[0] not in model]
+    why = f"{why}; " if why else ""
+    return TEMPLATE.format(
+        task=_scalar(task), why=why, name=_scalar(name), model="\n".join([f"  base: {base}", *rest, *more]), data=section
+    )
 
 
 DATA_KEYS = (
@@ -163,6 +168,7 @@ DATA_KEYS = (
     "split: {validation: 0.1, test: 0.1, seed: 42}",
     "max_bad_rows: 0.01    # share of rows that may be unusable before the job stops",
 )
+MODEL_KEYS = ("lora: {r: 8}    # train small adapters instead of all weights", "freeze: backbone    # or train the head only")
 TEMPLATE = """\
 # A job: orchestrator run FILE. Only task, model.base and data.train must be there; the rest has defaults.
 # A line behind a single # is a key that may be set; `orchestrator schema` knows them all.
@@ -170,11 +176,10 @@ TEMPLATE = """\
 name: {name}    # names the run and the model
 #storage: runs    # root of runs, checkpoints and the registry: folder, s3://, gs://, hdfs://
 
-task: {task}    # `orchestrator tasks` lists them; {{name: …}} takes a task's own keys
+task: {task}    # {why}`orchestrator tasks` lists them; {{name: …}} takes a task's own keys
 
 model:
-  base: {base}    # hub id, folder, package://module/path or example://name
-  #lora: {{r: 8}}    # train small adapters instead of all weights
+{model}
 
 data:
 {data}

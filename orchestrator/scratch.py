@@ -14,10 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from orchestrator import bases
 from orchestrator.catalog import cache_folder
 from orchestrator.config import ModelSection, digest
 from orchestrator.errors import InputError, did_you_mean
-from orchestrator.models import quiet, resolve
+from orchestrator.models import quiet
 from orchestrator.records import PreparedData
 from orchestrator.schema import Schema
 from orchestrator.storage import Folder
@@ -48,7 +49,7 @@ class TokenizerSettings(Schema):
 def based(section: ModelSection, prepared: PreparedData, *, seed: int) -> ModelSection:
     """The section with a base that is there: of a model from scratch, the folder that was made for these rows."""
     if not section.base.startswith(SCHEME):
-        return section
+        return bases.based(section)
     return section.model_copy(update={"base": str(_made(section, prepared, seed)), "config": {}, "processor": {}})
 
 
@@ -63,7 +64,7 @@ def check(section: ModelSection, task: Task) -> str:
 
 def local(section: ModelSection, task: Task) -> str:
     """What `Task.check_base` can look at: the base model, or the config of one from scratch."""
-    return check(section, task) if section.base.startswith(SCHEME) else resolve(section.base, section.revision)
+    return check(section, task) if section.base.startswith(SCHEME) else bases.local(section.source, section.revision)
 
 
 def _made(section: ModelSection, prepared: PreparedData, seed: int) -> Path:
@@ -105,12 +106,11 @@ def _make(section: ModelSection, prepared: PreparedData, seed: int, folder: Path
 
 # ---- config --------------------------------------------------------------------------------------------------
 def _config(section: ModelSection) -> Any:
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     kind = section.base.removeprefix(SCHEME)
-    if kind not in CONFIG_MAPPING_NAMES:
-        raise InputError(f"model.base: transformers has no model type {kind!r}.{did_you_mean(kind, CONFIG_MAPPING_NAMES)}")
+    if kind not in CONFIG_MAPPING:
+        raise InputError(f"model.base: transformers has no model type {kind!r}.{did_you_mean(kind, CONFIG_MAPPING.keys())}")
     known = AutoConfig.for_model(kind).to_dict()
     if unknown := [name for name in section.config if name not in known]:
         raise InputError(f"model.config: a {kind!r} model has no {unknown[0]!r}.{did_you_mean(unknown[0], known)}")

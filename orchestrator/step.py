@@ -21,6 +21,7 @@ import torch.distributed as dist
 from orchestrator import batching
 from orchestrator.dropout import Keys, row_keys
 from orchestrator.errors import Diverged, InputError, StageError
+from orchestrator.freezing import rates
 from orchestrator.models import Precision
 from orchestrator.tasks.base import Example, Task
 
@@ -164,7 +165,7 @@ class Stepper:
         for embedding in self.embeddings:
             embedding.fill()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(number)
+            group["lr"] = self.learning_rate(number) * group["share"]
         if scaler is None:
             self.optimizer.step()
         else:
@@ -227,12 +228,17 @@ class Stepper:
             if isinstance(module, torch.nn.LayerNorm)
             for weight in module.parameters(recurse=False)
         }
-        groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+        own = rates(self.model, self.settings)
+        groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
         for name, parameter in self.trained.items():
-            groups[id(parameter) not in still and not _NOT_DECAYED.search(name.lower())].append(parameter)
+            decays = id(parameter) not in still and not _NOT_DECAYED.search(name.lower())
+            groups.setdefault((decays, own.get(name, 1.0)), []).append(parameter)
         s = self.settings
         return torch.optim.AdamW(
-            [{"params": groups[True], "weight_decay": s.weight_decay}, {"params": groups[False], "weight_decay": 0.0}],
+            [
+                {"params": parameters, "weight_decay": s.weight_decay if decays else 0.0, "share": share}
+                for (decays, share), parameters in groups.items()
+            ],
             lr=s.learning_rate,
             betas=(s.adam_beta1, s.adam_beta2),
             eps=s.adam_epsilon,

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator import bundle as bundles
 from orchestrator import cluster
 from orchestrator.bundle import without_secrets
 from orchestrator.config import JobConfig
@@ -178,9 +179,18 @@ def lineage(job: JobConfig, prepared: PreparedData) -> dict[str, Any]:
                 "rows": {name: split.rows for name, split in prepared.splits.items()},
             },
             "base_model": {"base": job.model.base, "revision": job.model.revision},
+            **_parent(job),
             "git_commit": _git_commit(),
         }
     )
+
+
+def _parent(job: JobConfig) -> dict[str, Any]:
+    """The bundle that is this model's base, where it is one."""
+    if job.model.parent is None:
+        return {}
+    bundle = bundles.load(job.model.parent)
+    return {"parent": {"bundle": job.model.parent, "digest": bundle.digest, "run": bundle.lineage.get("run")}}
 
 
 class Reports:
@@ -218,6 +228,9 @@ class Follower:
         for report in reports:
             if "failure" in report:
                 self._display.warn(report["failure"])
+                continue
+            if "said" in report:
+                self._display.say(report["said"])
                 continue
             if report["attempt"] != self._attempt:
                 self._begin(report)

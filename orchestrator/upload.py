@@ -91,6 +91,11 @@ def stage(job: JobConfig, folder: Path, *, here: bool, sent: Upload, display: Di
     base = job.model.base
     if "://" not in base and Path(base).expanduser().is_dir():
         base = moved("model.base", base)[0]
+        if base.startswith(f"package://{FILES}/") and job.model.lora is not None and job.model.lora.save == "adapter":
+            raise InputError(
+                f"model.lora.save: an adapter's bundle names its base, and {job.model.base!r} would go along with this job only. Put it where "
+                "the endpoint reads it too and name that, or take save: merged."
+            )
     staged = job.model_copy(
         update={
             "storage": _storage(job.storage, here=here, display=display),

@@ -22,6 +22,7 @@ from orchestrator.storage import Folder
 
 if TYPE_CHECKING:
     from orchestrator.checkpoints import Checkpoint
+    from orchestrator.loading import Weights
     from orchestrator.tasks.base import Task
     from orchestrator.validation import Validation
 
@@ -99,7 +100,10 @@ def run(work: Work) -> dict[str, Any] | None:
     if done < total:
         stream.begin(*divmod(done, stream.steps_per_epoch))  # rows are read and encoded while the model loads
     precision = models.hardware_precision(settings.precision)
-    model = models.load(task, section, precision=precision, seed=settings.seed)
+    model, found_weights = models.without_adapters(task, section, precision=precision, seed=settings.seed)
+    if rank == 0 and work.reports is not None and (said := found_weights.sentence(job.model.base, settings.seed)):
+        work.reports.put.remote([{"said": said}])
+    model = models.with_adapters(model, section, found_weights, seed=settings.seed)
     marks["model"] = time.time()
 
     validate = None
@@ -141,7 +145,7 @@ def run(work: Work) -> dict[str, Any] | None:
     if not work.asks:
         _require_equal(model, "of the best checkpoint")
 
-    found = {**figures(tally, stream, batch=batch, world=world, precision=precision), "marks": marks}
+    found = {**figures(tally, stream, batch=batch, world=world, precision=precision), **weights_record(found_weights), "marks": marks}
     if rank > 0:
         return None
     if work.asks:
@@ -181,6 +185,13 @@ def figures(tally: Tally, stream: Any, *, batch: int, world: int, precision: str
     }
 
 
+def weights_record(found: Weights) -> dict[str, Any]:
+    """What a record says of where a model and its checkpoint differ."""
+    from orchestrator.loading import condensed
+
+    return {"new_weights": condensed(found.new), "unused_weights": condensed(found.unused)}
+
+
 def write_bundle(
     place: Folder,
     model: Any,
@@ -193,15 +204,17 @@ def write_bundle(
     figures: dict[str, Any],
 ) -> dict[str, Any]:
     """Writes the bundle of `model`, which has the weights of the checkpoint `best`, and returns what a record says of it."""
-    from orchestrator import bundle, models
+    from orchestrator import bases, bundle, models
 
     standing = best.state.get("best")
     metrics = dict(standing["metrics"]) if standing and standing["step"] == best.step else {}
     counted = {name: figures[name] for name in ("steps", "rows_seen", "global_batch_size", "num_workers")}
-    plain = models.merged(model).to("cpu")
+    lora = job.model.lora
+    base = bases.named(job.model) if lora is not None and lora.save == "adapter" else None
     bundle.write(
         place,
-        model=plain,
+        model=(models.merged(model) if base is None else model).to("cpu"),
+        base=base,
         processor=processor,
         task=task,
         job=job.to_json(),

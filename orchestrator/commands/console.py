@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
+class Refused(InputError):
+    """What is wrong, with what `--json` says of it beside the sentence."""
+
+    def __init__(self, sentence: str, **details: Any):
+        super().__init__(sentence)
+        self.details = details
+
+
 class Output:
     """Where a command's words and its result go."""
 
@@ -86,6 +94,8 @@ def errors_to_exit_status(output: Output | None = None, *, verbose: bool = False
             )
         sentence = str(cause) if isinstance(cause, (InputError, StageError)) else f"{type(cause).__name__}: {_first_line(cause)}"
         failed: dict[str, Any] = {"status": "failed", "error": sentence, "error_type": type(cause).__name__}
+        if isinstance(cause, Refused):
+            failed |= cause.details
         if verbose:
             _write(sys.stderr, "".join(traceback.format_exception(error)))
         elif not isinstance(cause, (InputError, StageError)):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from orchestrator.config import JobConfig
 
 Promote = Annotated[bool, typer.Option("--promote", help="Move the alias to the new version whatever it scores.")]
+BAD_ROWS = 20
+"""That `validate` shows."""
 Fresh = Annotated[bool, typer.Option("--fresh", help="Forget the stages of this run that are done and start over.")]
 
 
@@ -51,6 +53,7 @@ def init(
 def validate(
     job: options.Job,
     assignments: options.Assignments = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Look at the first rows only.")] = False,
     storage: options.JobStorage = None,
     address: options.Ray = None,
     show_tokens: Annotated[
@@ -59,24 +62,36 @@ def validate(
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Check a job in seconds: keys, columns, model, and whether it fits this machine."""
+    """Check a job without training: keys, model, whether it fits this machine, and every row of its data."""
     with console.command(verbose=verbose, json=json) as output:
         from orchestrator.config import load
 
         resolved = load(job, assignments, storage=storage)
-        checks = importlib.import_module("jobs.validate").main(resolved, address=address)
+        jobs = importlib.import_module("jobs.validate")
+        checks = jobs.main(resolved, address=address)
+        found = None
+        if not quick and all(check.ok is not False for check in checks):
+            check, found = jobs.every_row(resolved, output.display)
+            output.display.close()
+            checks.append(check)
         console.show_checks(output, checks)
+        bad = list(found.listed) if found is not None else []
+        if found is not None and bad:
+            output.table(["file", "row", "field", "expected", "found"], [[str(value) for value in row.values()] for row in bad[:BAD_ROWS]])
+            if found.bad > BAD_ROWS:
+                output.text(f"… and {found.bad - BAD_ROWS:,} more; --json lists the first {len(bad):,}.")
+        rows = None if found is None else {"usable": found.rows, "bad": found.bad, "bad_rows": bad}
+        result: dict[str, Any] = {"run": resolved.run_id, "checks": [console.check_json(check) for check in checks], "rows": rows}
         wrong = [check.sentence for check in checks if check.ok is False]
         if wrong:
-            raise InputError("\n".join(wrong))
-        result: dict[str, Any] = {"status": "done", "run": resolved.run_id, "checks": [console.check_json(check) for check in checks]}
+            raise console.Refused("\n".join(wrong), **result)
         if show_tokens:
             from orchestrator import preflight
 
             views = preflight.token_views(resolved, show_tokens)
             console.show_tokens(output, views)
             result["tokens"] = views
-        output.result(result)
+        output.result({"status": "done", **result})
 
 
 def run(

@@ -167,20 +167,24 @@ def promote(
 def export(
     model: options.Model,
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="A new folder, or an archive (.zip, .tar.gz).", show_default=False)],
+    plain: Annotated[
+        bool,
+        typer.Option("--plain", help="Only model and processor, in a folder that transformers (AutoModel, pipeline) and the hub read."),
+    ] = False,
     storage: options.Storage = "runs",
     registry: options.Registry = None,
     dry_run: options.DryRun = False,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Copy a model's bundle to a folder or archive."""
+    """Copy a model to a folder or archive: its bundle, or what other programs read."""
     with console.command(verbose=verbose, json=json) as output:
         place = _registry(storage, registry)
         version = place.resolve(model)
         if dry_run:
             _say_which(output, version, f"would be copied to {target}")
             return
-        written = place.export(model, target)
+        written = place.export(model, target, plain=plain)
         output.text(f"{_title(version)} is in {written}.")
         output.result({"status": "done", "model": {"name": version.name, "version": version.version}, "output": str(written)})
 

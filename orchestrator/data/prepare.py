@@ -39,7 +39,7 @@ def prepare(job: JobConfig, storage: Folder, display: Display) -> PreparedData:
     """
     started = time.perf_counter()
     found = source_files.find(job.data)
-    mappings = {split: _mapping(job, split, found) for split in found}
+    mappings = {split: mapping_of(job, split, found) for split in found}
     key = _fingerprint(job, found)
     root = (Folder(storage.path) if storage.is_local else storage) / "prepared"
     target = root / key[:16]
@@ -307,7 +307,7 @@ def _sorted(value: Any) -> Any:
     return {key: _sorted(value[key]) for key in sorted(value)} if isinstance(value, Mapping) else value
 
 
-def _mapping(job: JobConfig, split: str, found: Mapping[str, list[SourceFile]]) -> dict[str, str]:
+def mapping_of(job: JobConfig, split: str, found: Mapping[str, list[SourceFile]]) -> dict[str, str]:
     """Role -> column for a split's files, seen to be there in their first rows."""
     columns = sources.peek(job.data, split, found=found).columns
     group = job.data.split.group

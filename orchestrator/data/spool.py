@@ -69,30 +69,15 @@ class Reading:
 
     def _reports(self) -> Iterator[pa.Table]:
         group = self.section.split.group if self.split == "train" else None
-        roles = self.task.columns()
-        always = {role for role in self.mapping if roles[role].required}
-        columns = [*self.mapping.values()]
-        if group is not None and group not in columns:
-            columns.append(group)
-        files_in = media(roles, self.mapping)
         held = _Held(self)
         blocks = 0
         for file in self.files:
-            for number, values in records(file, self.section, columns, columns):
+            for number, values, row in cleaned(self.task, self.section, file, self.mapping, group):
                 row_id = f"{file.name}:{number}"
-                if isinstance(values, BadRow):
-                    held.refuse(file.name, number, row_id, values.column, values.expected, values.found)
+                if isinstance(row, BadRow):
+                    held.refuse(file.name, number, row_id, row.column, row.expected, row.found)
                 else:
-                    values |= {name: located(file, values.get(name)) for name in files_in}
-                    row = {role: values.get(name) for role, name in self.mapping.items() if role in always or values.get(name) is not None}
-                    try:
-                        if group is not None and values.get(group) in (None, ""):
-                            raise RowError(group, "the row's group (data.split.group)", values.get(group))
-                        clean = self.task.clean(row)
-                        self.task.check_target(clean)
-                        held.take(clean, row_id, None if group is None else str(values[group]), weight(values))
-                    except RowError as error:
-                        held.refuse(file.name, number, row_id, self.mapping.get(error.column, error.column), error.expected, error.found)
+                    held.take(row, row_id, None if group is None else str(values[group]), weight(values))
                 if held.full:
                     yield held.flush(blocks)
                     blocks += 1
@@ -100,6 +85,35 @@ class Reading:
                         return
         if not held.empty:
             yield held.flush(blocks)
+
+
+def cleaned(
+    task: Task, section: DataSection, file: SourceFile, mapping: Mapping[str, str], group: str | None = None
+) -> Iterator[tuple[int, dict[str, Any], Row | BadRow]]:
+    """Each row of a file: its number, its columns, and the clean row or why it is none. `mapping` is role -> column.
+
+    With `group` (a column) a row must have something there. Raises `InputError` where the file can't be read.
+    """
+    roles = task.columns()
+    always = {role for role in mapping if roles[role].required}
+    columns = [*mapping.values()]
+    if group is not None and group not in columns:
+        columns.append(group)
+    files_in = media(roles, mapping)
+    for number, values in records(file, section, columns, columns):
+        if isinstance(values, BadRow):
+            yield number, {}, values
+            continue
+        values |= {name: located(file, values.get(name)) for name in files_in}
+        row = {role: values.get(name) for role, name in mapping.items() if role in always or values.get(name) is not None}
+        try:
+            if group is not None and values.get(group) in (None, ""):
+                raise RowError(group, "the row's group (data.split.group)", values.get(group))
+            clean = task.clean(row)
+            task.check_target(clean)
+            yield number, values, clean
+        except RowError as error:
+            yield number, values, BadRow(mapping.get(error.column, error.column), error.expected, error.found)
 
 
 @dataclass

@@ -142,7 +142,9 @@ def write_bundle(sweep: Sweep, folder: Folder, step: int) -> TrainRecord:
     job = sweep.job_of(state["sample"])
     prepared = sweep.prepared_for(job)
     section = scratch.based(job.model, prepared, seed=job.training.seed)
-    model = models.load(prepared.task, section, precision=state["figures"]["precision"], seed=job.training.seed)
+    seed = job.training.seed
+    model, weights = models.without_adapters(prepared.task, section, precision=state["figures"]["precision"], seed=seed)
+    model = models.with_adapters(model, section, weights, seed=seed)
     tensors, places = found.tensors("model"), {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if unknown := tensors.keys() - places.keys():
         raise StageError(f"The checkpoint {str(found.folder)!r} has weights that the model has not: {', '.join(sorted(unknown)[:5])}.")
@@ -156,7 +158,8 @@ def write_bundle(sweep: Sweep, folder: Folder, step: int) -> TrainRecord:
         folder / "bundle", model, processor, task=prepared.task, job=job, lineage=lineage, best=found, figures=state["figures"]
     )
     history = str((folder / "history.jsonl").uri)
-    return TrainRecord(**{**state["figures"], **said}, seconds=state["seconds"], history=history)
+    found = {**state["figures"], **worker.weights_record(weights), **said}
+    return TrainRecord(**found, seconds=state["seconds"], history=history)
 
 
 class _Trial:

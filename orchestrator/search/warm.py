@@ -76,13 +76,13 @@ def model(task: Task, section: ModelSection, *, precision: Precision, seed: int)
     from orchestrator import models
 
     halved = section.lora is not None and precision == "bf16"
-    key = (digest([task.to_json(), section.model_dump(mode="json", exclude={"lora"})]), halved, seed)
-    base, new = _models.get(
+    key = (digest([task.to_json(), section.model_dump(mode="json", exclude={"lora", "freeze", "head_dropout"})]), halved, seed)
+    base, found = _models.get(
         key,
         lambda: models.without_adapters(task, section, precision=precision, seed=seed),
         keep=lambda made: sum(tensor.nbytes for tensor in made[0].state_dict().values()) <= MODEL_BYTES,
     )
-    return models.with_adapters(copy.deepcopy(base) if key in _models else base, section, new, seed=seed)
+    return models.with_adapters(copy.deepcopy(base) if key in _models else base, section, found, seed=seed)
 
 
 def split(prepared: PreparedData, name: str, section: ModelSection, *, with_rows: bool = False) -> Any:

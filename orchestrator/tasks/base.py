@@ -65,6 +65,8 @@ class Task(Schema):
     parameters: ClassVar[type[Parameters]] = Parameters
     rows_at_once: ClassVar[int] = 512
     """Rows that are encoded and predicted together: fewer where an encoded row is large."""
+    example_model: ClassVar[str | None] = None
+    """What `init` writes as `model.base`; None: the model of the task's first recipe."""
     augments: ClassVar[bool] = False
     """Whether `encode_to_train` differs from `encode`, so that each epoch encodes anew."""
 
@@ -112,6 +114,22 @@ class Task(Schema):
         """The group within which a split keeps its shares, usually the label; None: no stratification."""
         return None
 
+    @classmethod
+    def fits(cls, columns: Sequence[str], rows: Sequence[Row], format: str) -> float:
+        """How likely some data are this task's, from 0 (no row can be used) to 1: `init` proposes the likeliest.
+
+        `columns` and `rows` are as they stand in files of that `format`. The default looks for columns with the names of the roles,
+        else with such values, and cleans the rows.
+        """
+        from orchestrator.errors import InputError
+        from orchestrator.tasks.guessing import fits
+
+        try:
+            task = cls.parse({})
+        except InputError:  # it has keys without a default
+            return 0.0
+        return fits(task, rows)
+
     def self_contained(self, row: Row) -> Row:
         """The row with all that it refers to in it (files as `data:` URIs): it is kept in the bundle, to be asked again elsewhere."""
         return row
@@ -148,6 +166,11 @@ class Task(Schema):
     def complete_processor(self, processor: Any) -> Any:
         """The processor as this task needs it, from the one that was loaded: a chat template, language codes. It is saved with the model."""
         return processor
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """Names of labels that answers have, which the model's config must know too; None: answers have none."""
+        return getattr(self, "labels", None)
 
     def check_base(self, base: str, **from_hub: Any) -> None:
         """Raises `InputError` where the base model (local folder or hub id) can't do this task; reads its config, no weights."""

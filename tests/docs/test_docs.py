@@ -90,6 +90,14 @@ def commands() -> list[Any]:
     return found
 
 
+def write_named(folder: Path) -> None:
+    """Blocks that begin with a file's name, as in `# grading.py`, are that file."""
+    for param in blocks("python", "yaml"):
+        found = re.match(r"# (\w+\.(?:py|yaml))\n", param.values[0].text)
+        if found:
+            (folder / found[1]).write_text(param.values[0].text + "\n", encoding="utf-8")
+
+
 def shell_words(command: str) -> list[str]:
     return shlex.split(command.partition("|")[0].partition(" > ")[0], comments=True)
 
@@ -120,6 +128,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [f"{text} {number},{stars}" for number in range(30) for text, stars in (("I love this camera", 5), ("It broke after a week", 1))]
     (place / "reviews.csv").write_text("\n".join(["review,stars", *rows]) + "\n", encoding="utf-8")
     run(f"{Path(sys.executable).parent / 'orchestrator'} init --data reviews.csv --output reviews.yaml", place)
+    write_named(place)
     return place
 
 
@@ -157,8 +166,10 @@ def test_make_knows_its_targets():
 
 
 @pytest.mark.parametrize("block", blocks("yaml"))
-def test_every_job_loads(block: Block, tmp_path: Path):
+def test_every_job_loads(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A part of a job is put into one that is complete."""
+    write_named(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
     given = yaml.safe_load(block.text)
     whole = {"task": "text-classification", "model": {"base": "example://minilm"}, "data": {"train": "reviews.csv"}, **given}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(whole), encoding="utf-8")

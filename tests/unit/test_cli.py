@@ -295,7 +295,36 @@ def test_a_check_that_fails_is_status_2_and_the_table_is_still_shown(orchestrato
     assert re.search(r"data +ok +train: 1 csv file", ended.err) and re.search(r"disk +unknown +not known", ended.err)
     assert ended.result["error"] == "model.base: there is no 'minilm'."
     stand_in("jobs.validate", lambda job, **_: checks[:1])
-    assert orchestrator("validate", job_file, "--json").result["checks"][0]["name"] == "data"
+    assert orchestrator("validate", job_file, "--quick", "--json").result["checks"][0]["name"] == "data"
+
+
+def test_validate_lists_the_rows_that_can_not_be_used(orchestrator, tmp_path, monkeypatch):
+    from tests.fixtures.tiny import text_base
+
+    monkeypatch.chdir(tmp_path)
+    rows = [f"{'good' if number % 2 else 'bad'} phone {number},{number % 2}" for number in range(40)]
+    (tmp_path / "reviews.csv").write_text("text,label\n" + "\n".join([*rows, '"",1', "fine,"]) + "\n", encoding="utf-8")
+    base = text_base(tmp_path / "base", ["good bad phone"])
+    (tmp_path / "job.yaml").write_text(
+        f"task: text-classification\nmodel: {{base: {base}}}\ndata: {{train: reviews.csv}}\n", encoding="utf-8"
+    )
+    ended = orchestrator("validate", "job.yaml", "--json")
+    assert ended.status == 2
+    assert ended.result["rows"] == {
+        "usable": {"train": 40},
+        "bad": 2,
+        "bad_rows": [
+            {"file": "reviews.csv", "row": 42, "field": "text", "expected": "a text that is not empty", "found": ""},
+            {"file": "reviews.csv", "row": 43, "field": "label", "expected": "a label", "found": ""},
+        ],
+    }
+    assert "2 of 42 rows can't be used (4.76%; data.max_bad_rows allows 0)" in ended.err
+    assert re.search(r"reviews\.csv +42 +text +a text that is not empty", ended.err)
+    allowed = orchestrator("validate", "job.yaml", "--set", "data.max_bad_rows=0.1", "--json")
+    assert allowed.status == 0 and allowed.result["rows"]["bad"] == 2
+    assert "40 train; 2 can't be used and will be left out (4.76%)" in allowed.err
+    refused = orchestrator("validate", "job.yaml", "--set", "data.max_bad_rows=0.1", "--set", "model.freeze=[emmbeddings]", "--json")
+    assert refused.status == 2 and "has no weights called 'emmbeddings'. Did you mean 'embeddings'?" in refused.result["error"]
 
 
 def test_tasks_and_schema_list_every_task(orchestrator):

@@ -87,6 +87,12 @@ def test_dropout_and_label_smoothing_take_part(tmp_path: Path) -> None:
 
 GROUP = {"num_train_epochs": 2, "tokens_per_micro_batch": 24, "weight_decay": 0.1, "max_grad_norm": 0.5}
 RESUMED = {"num_train_epochs": 2, "save_steps": 3}
+PARTLY: dict[str, Any] = {
+    "rows": 33,
+    "model": {"dropout": 0.1},
+    "freeze": 1,
+    "settings": GROUP | {"layerwise_lr_decay": 0.5, "head_learning_rate": 3e-3},
+}
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +107,48 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
         whole={"folder": str(place / "whole"), **uneven},
         touched={"folder": str(place / "touched"), "large_embedding": 1, **uneven},
         resumed={"folder": str(place / "killed"), "rows": ROWS, "model": {"dropout": 0.1, "seed": 9}, "settings": RESUMED},
+        partly={"folder": str(place / "partly"), **PARTLY},
         spoilt={"folder": str(place / "spoilt"), **uneven, "spoilt": 12} | {"settings": GROUP | {"tokens_per_micro_batch": 1}},
     )
+
+
+def test_layers_learn_at_their_own_rates_also_after_a_restart(tmp_path: Path) -> None:
+    """Adam's first step is the learning rate itself, whatever the gradient."""
+    rates: dict[str, Any] = {"layerwise_lr_decay": 0.1, "head_learning_rate": 2e-3, "lr_scheduler_type": "constant", "weight_decay": 0.0}
+    model, before = tiny.bert(), tiny.weights(tiny.bert())
+    tiny.run(model, tiny.Batches(tiny.rows(8), 8), tmp_path / "one", tiny.settings(**rates, adam_epsilon=1e-12))
+    moved = {name: float((weight - before[name]).abs().max()) for name, weight in tiny.weights(model).items()}
+    for name, rate in {
+        "classifier.weight": 2e-3,
+        "bert.pooler.dense.weight": 1e-3,
+        "encoder.layer.1.output": 1e-4,
+        "layer.0.output": 1e-5,
+    }.items():
+        found = [step for weight, step in moved.items() if name in weight and "weight" in weight]
+        assert found and max(found) == pytest.approx(rate, rel=0.02), name
+    assert max(step for weight, step in moved.items() if "embeddings" in weight) == pytest.approx(1e-6, rel=0.1)
+
+    given = tiny.settings(**RESUMED | rates)
+    whole = tiny.bert(dropout=0.1)
+    history = tiny.run(whole, tiny.Batches(tiny.rows(ROWS), 8), tmp_path / "whole", given)
+    interrupted(tiny.bert(dropout=0.1), tmp_path / "killed", given, after=4)
+    again = tiny.bert(dropout=0.1, seed=9)
+    rest = tiny.run(again, tiny.Batches(tiny.rows(ROWS), 8), tmp_path / "killed", given)
+    assert losses(rest) == losses(history)[-len(rest) :]
+    assert tiny.differ(tiny.weights(whole), tiny.weights(again)) == 0
+
+
+def test_two_workers_are_one_where_layers_are_frozen_or_learn_at_other_rates(
+    tmp_path: Path, group: dict[str, list[dict[str, Any]]]
+) -> None:
+    alone = tiny.trained(0, 1, **PARTLY, folder=str(tmp_path))
+    first, second = group["partly"]
+    assert first["losses"] == second["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    assert tiny.differ(first["weights"], second["weights"]) == 0
+    assert tiny.differ(first["weights"], alone["weights"]) < 1e-4
+    before = tiny.weights(tiny.bert(dropout=0.1))
+    changed = {name for name, weight in alone["weights"].items() if not torch.equal(weight, before[name])}
+    assert changed and not [name for name in changed if "embeddings" in name or "layer.0" in name]
 
 
 @pytest.mark.parametrize("case", ["whole", "touched"])

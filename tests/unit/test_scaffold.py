@@ -53,9 +53,10 @@ def test_a_row_without_a_value_does_not_count_as_a_label():
     assert found["label"].why == "2 different: 0, 1"
 
 
-def test_optional_roles_are_left_to_the_user():
+def test_optional_roles_are_taken_by_their_name_only():
     columns = {"text": Column(kind="text"), "note": Column(kind="text", required=False)}
-    assert list(scaffold.guess(columns, rows(text=lambda n: "x", note=lambda n: "y"))) == ["text"]
+    assert list(scaffold.guess(columns, rows(text=lambda n: "x", more=lambda n: "y"))) == ["text"]
+    assert list(scaffold.guess(columns, rows(text=lambda n: "x", Note=lambda n: "y"))) == ["text", "note"]
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch.nn import functional
 
-from orchestrator import loop, step
-from orchestrator.config import CheckpointSection, TrainingSection
+from orchestrator import freezing, loop, step
+from orchestrator.config import CheckpointSection, FreezeSection, TrainingSection
 from orchestrator.errors import StageError
 from orchestrator.loop import Progress, Share
 from orchestrator.storage import Folder
@@ -145,6 +145,8 @@ def worker(rank: int, world: int, place: str, cases: dict[str, dict[str, Any]]) 
 def trained(rank: int, world: int, **case: Any) -> dict[str, Any]:
     step.LARGE_EMBEDDING = case.get("large_embedding", 1 << 20)
     model, examples = bert(**case["model"]), rows(case["rows"])
+    if "freeze" in case:
+        freezing.freeze(model, freezing.chosen(model, FreezeSection(layers=case["freeze"]), ()))
     if "spoilt" in case:
         spoil(model, examples, case["spoilt"])
     seen: list[tuple[int, list[str]]] = []
