@@ -34,13 +34,13 @@ def token_views(job: JobConfig, rows: int) -> list[list[tuple[str, bool]]]:
 
     `InputError` where a row can't be used, or where the task's rows have no tokens of which some are left out.
     """
-    from orchestrator import models, processors, scratch
+    from orchestrator import processors, scratch
 
     if job.model.base.startswith(scratch.SCHEME):
         raise InputError(f"--show-tokens: {job.model.base} has no tokenizer before one is fitted on the prepared rows.")
     peek = sources.peek(job.data, "train", rows)
     mapping = sources.map_columns(job.data, job.task.columns(), peek.columns)
-    base = models.resolve(job.model.base, job.model.revision)
+    base = scratch.local(job.model, job.task)
     processor = processors.of(job.task, base, trust_remote_code=job.model.trust_remote_code, revision=job.model.revision)
     views = []
     for number, values in enumerate(peek.rows, 1):

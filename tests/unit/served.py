@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 from orchestrator import predictor, processors
 from orchestrator.config import ServingSection
 from orchestrator.tasks.base import Task
@@ -44,7 +46,8 @@ def engine(task: Task, base: str) -> Engine:
 def client(engine: Engine) -> Iterator[Any]:
     """A `huggingface_hub.InferenceClient` that asks the endpoint of `engine`."""
     import uvicorn
-    from huggingface_hub import InferenceClient
+    from huggingface_hub import InferenceClient, constants
+    from huggingface_hub.utils import _detect_agent
 
     section = ServingSection()
     batcher = Batcher(engine, max_batch_tokens=4096, max_queue=section.max_queue)
@@ -69,9 +72,13 @@ def client(engine: Engine) -> Iterator[Any]:
         while not server.started:
             assert time.monotonic() < deadline, "the server did not start within 30 s"
             time.sleep(0.01)
+        patch = pytest.MonkeyPatch()
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)  # it would not ask this machine either
+        patch.setattr(_detect_agent, "_registry", {})  # which it would look up at huggingface.co
         try:
             yield InferenceClient(model=f"http://127.0.0.1:{listening.getsockname()[1]}")
         finally:
+            patch.undo()
             server.should_exit = True
             thread.join(30)
             batcher.close()
