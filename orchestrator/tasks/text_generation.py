@@ -58,7 +58,7 @@ class TextGeneration(Task):
 
     def clean(self, row: Row) -> Row:
         """`messages` up to a user's turn and the `completion` to them, or `text`."""
-        found = None if self.problem == "text" else conversations.clean(row)
+        found: Row | None = None if self.problem == "text" else conversations.clean(row)
         if found is None:
             wanted = "messages" if self.problem == "dialogue" else "text"
             if self.problem == "dialogue" or missing(row.get("text")):
@@ -392,8 +392,10 @@ def _tokens_known(base: str, from_hub: Mapping[str, Any]) -> int:
 def _arguments(config_class: type) -> frozenset[str]:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    known = config_class in MODEL_FOR_CAUSAL_LM_MAPPING
-    return frozenset(inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[config_class].forward).parameters) if known else frozenset()
+    if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return frozenset()
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    return frozenset(inspect.signature(model.forward).parameters)
 
 
 def _takes(config: Any) -> frozenset[str]:
