@@ -39,7 +39,7 @@ def job_file() -> str:
         title = next(choice["$ref"] for choice in sections["task"]["anyOf"] if "$ref" in choice and const(schema, choice) == name)
         inner = resolve(schema, {"$ref": title})
         keys = {key: value for key, value in inner["properties"].items() if key != "name"}
-        lines += [f"### task: {name}", "", inner["description"], "", *table(schema, keys)]
+        lines += section(schema, f"task: {name}", {**inner, "properties": keys}, depth=3)
     return "\n".join(lines)
 
 

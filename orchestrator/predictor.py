@@ -207,11 +207,18 @@ def _dtype(precision: str) -> Any:
 
 
 def _cast_layers(model: Any, dtype: Any) -> None:
-    """Casts once what autocast would cast again in every forward pass: the weights of matrix products, with the same results."""
+    """Casts once what autocast would cast again in every forward pass: the weights of matrix products, with the same results.
+
+    A weight that is also an embedding gets a copy: what is looked up in it stays fp32, as it was in training.
+    """
     import torch
 
-    for layer in model.modules():
+    layers = list(model.modules())
+    looked_up = {id(layer.weight) for layer in layers if isinstance(layer, torch.nn.Embedding)}
+    for layer in layers:
         if isinstance(layer, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d)):
+            if id(layer.weight) in looked_up:
+                layer.weight = torch.nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
             layer.to(dtype)
 
 

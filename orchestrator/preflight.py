@@ -13,7 +13,7 @@ from orchestrator.doctor import Check
 from orchestrator.errors import InputError, did_you_mean
 from orchestrator.search.space import Space
 from orchestrator.storage import Folder
-from orchestrator.tasks.base import Task
+from orchestrator.tasks.base import RowError, Task
 
 GIB = 2**30
 
@@ -27,6 +27,33 @@ def check(job: JobConfig, *, serve: bool = True, embedded: bool = True) -> list[
     asked = {"registry": serve, "machine": embedded, "search": job.search is not None}
     looks = {name: look for name, look in _LOOKS.items() if asked.get(name, True)}
     return [_outcome(name, look, job) for name, look in looks.items()]
+
+
+def token_views(job: JobConfig, rows: int) -> list[list[tuple[str, bool]]]:
+    """For the first `rows` training rows the tokens that the model learns from, and whether each counts in the loss.
+
+    `InputError` where a row can't be used, or where the task's rows have no tokens of which some are left out.
+    """
+    from orchestrator import processors, scratch
+
+    if job.model.base.startswith(scratch.SCHEME):
+        raise InputError(f"--show-tokens: {job.model.base} has no tokenizer before one is fitted on the prepared rows.")
+    peek = sources.peek(job.data, "train", rows)
+    mapping = sources.map_columns(job.data, job.task.columns(), peek.columns)
+    base = scratch.local(job.model, job.task)
+    processor = processors.of(job.task, base, trust_remote_code=job.model.trust_remote_code, revision=job.model.revision)
+    views = []
+    for number, values in enumerate(peek.rows, 1):
+        try:
+            row = job.task.clean({role: values[name] for role, name in mapping.items() if values.get(name) is not None})
+            job.task.check_target(row)
+        except RowError as error:
+            column = mapping.get(error.column, error.column)
+            raise InputError(sources.describe(peek.files[0].name, number, column, error.expected, error.found)) from None
+        views.append(job.task.token_view(row, processor))
+    if not any(views):
+        raise InputError(f"--show-tokens: the task {job.task.key} has no tokens of which the loss leaves some out.")
+    return views
 
 
 def require_resources(job: JobConfig, nodes: list[dict[str, float]]) -> None:

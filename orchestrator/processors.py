@@ -13,7 +13,7 @@ def of(task: Task, base: str, *, trust_remote_code: bool = False, revision: str 
     """The processor with which a task reads its rows, of a base model (local folder or hub id) or a bundle."""
     from_hub = ({"revision": revision} if revision else {}) | ({"trust_remote_code": True} if trust_remote_code else {})
     own = task.processor(base, **from_hub)
-    return load(base, task.modality, trust_remote_code, revision) if own is None else own
+    return task.complete_processor(load(base, task.modality, trust_remote_code, revision) if own is None else own)
 
 
 def load(base: str, modality: str, trust_remote_code: bool = False, revision: str | None = None) -> Any:

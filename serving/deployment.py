@@ -76,7 +76,7 @@ def load(spec: Spec, replica: str) -> ServedModel:
     loaded = time.perf_counter()
     if bundle.golden:
         check_golden(predictor, section.tolerance)
-    probe = predictor.task.rows_from(predictor.task.inputs_example())
+    probe = predictor.task.probe()
     _warm_up(predictor, probe, section.max_batch_tokens)
     seconds = {
         "import": imported - started,

@@ -36,11 +36,12 @@ def replay(
 
     Raises `StageError` naming the row, what was expected and what came, where they differ by more than `tolerance`.
     """
-    parameters = task.parameters()
+    parameters = task.parameters.parse(dict(task.replay_parameters), "parameters")
+    beside = {"parameters": dict(task.replay_parameters)} if task.replay_parameters else {}
     expected = [task.answer([prediction], parameters, single=True) for prediction in predictions]
     largest = 0.0
     with _client(api_key, timeout_s) as client, ThreadPoolExecutor(CLIENTS) as pool:
-        answers = pool.map(lambda row: _ask(client, url, {"inputs": task.inputs_from(row)}), rows)
+        answers = pool.map(lambda row: _ask(client, url, {"inputs": task.inputs_from(row), **beside}), rows)
         for row, wanted, found in zip(rows, expected, answers, strict=True):
             try:
                 difference = task.answer_difference(wanted, found)

@@ -42,12 +42,12 @@ class Output:
         """Where the traceback of an unexpected error is written; None: a temporary file."""
 
     @property
-    def _human(self) -> TextIO | None:
+    def human(self) -> TextIO | None:
         return sys.stderr if self.json else sys.stdout
 
     def text(self, text: str) -> None:
         """Lines for people."""
-        _write(self._human, text)
+        _write(self.human, text)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str] | None = None) -> None:
         """A table for people; `styles` gives each row's colour."""
@@ -55,7 +55,7 @@ class Output:
         from rich.table import Table
         from rich.text import Text
 
-        stream = self._human
+        stream = self.human
         if stream is None:
             return
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -137,6 +137,23 @@ def show_checks(output: Output, checks: Sequence[Check]) -> None:
     marks = {True: ("ok", ""), False: ("wrong", "red"), None: ("unknown", "yellow")}
     rows = [[check.name, marks[check.ok][0], "\n".join(filter(None, (check.sentence, check.fix)))] for check in checks]
     output.table(["checked", "", "found"], rows, [marks[check.ok][1] for check in checks])
+
+
+def show_tokens(output: Output, views: Sequence[Sequence[tuple[str, bool]]]) -> None:
+    """Rows as the model reads them: tokens that count in the loss are green on a terminal, and stand in «…» with | between them."""
+    from itertools import groupby
+
+    stream = output.human
+    colour = stream is not None and stream.isatty() and not os.environ.get("NO_COLOR")
+    for number, view in enumerate(views, 1):
+        counted = sum(counts for _, counts in view)
+        output.text(f"\nrow {number}: {len(view):,} tokens, {counted:,} of them count in the loss")
+        parts = []
+        for counts, tokens in groupby(view, key=lambda token: token[1]):
+            shown = [clean(text.replace("\r", "␍").replace("\n", "⏎")) for text, _ in tokens]
+            text = f"«{'|'.join(shown)}»" if counts else "".join(shown)
+            parts.append(f"\x1b[{'32' if counts else '2'}m{text}\x1b[0m" if colour else text)
+        output.text("".join(parts))
 
 
 def check_json(check: Check) -> dict[str, Any]:

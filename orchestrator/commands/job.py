@@ -56,6 +56,9 @@ def validate(
     quick: Annotated[bool, typer.Option("--quick", help="Look at the first rows only.")] = False,
     storage: options.JobStorage = None,
     address: options.Ray = None,
+    show_tokens: Annotated[
+        int, typer.Option("--show-tokens", metavar="N", min=0, help="Show the tokens of N training rows, and which count in the loss.")
+    ] = 0,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -78,10 +81,16 @@ def validate(
             if found.bad > BAD_ROWS:
                 output.text(f"… and {found.bad - BAD_ROWS:,} more; --json lists the first {len(bad):,}.")
         rows = None if found is None else {"usable": found.rows, "bad": found.bad, "bad_rows": bad}
-        result = {"run": resolved.run_id, "checks": [console.check_json(check) for check in checks], "rows": rows}
+        result: dict[str, Any] = {"run": resolved.run_id, "checks": [console.check_json(check) for check in checks], "rows": rows}
         wrong = [check.sentence for check in checks if check.ok is False]
         if wrong:
             raise console.Refused("\n".join(wrong), **result)
+        if show_tokens:
+            from orchestrator import preflight
+
+            views = preflight.token_views(resolved, show_tokens)
+            console.show_tokens(output, views)
+            result["tokens"] = views
         output.result({"status": "done", **result})
 
 

@@ -120,6 +120,13 @@ def map_columns(
             mapping[role] = name
         elif needed:
             raise _no_column(section, where, role, column, name, columns)
+    choices = {role: column for role, column in roles.items() if column.alternative}
+    if choices and not choices.keys() & mapping.keys():
+        listed = ", ".join(f"{role!r} ({column.help})" if column.help else repr(role) for role, column in choices.items())
+        example = f"data.columns: {{{next(iter(choices))}: {columns[0]}}}"
+        raise InputError(
+            f"{where}: one of these is needed: {listed}. The columns are {', '.join(map(repr, columns[:12]))}. Say which it is, as in {example}."
+        )
     inputs = {role: column for role, column in roles.items() if not column.target}
     if not targets and inputs and not mapping.keys() & inputs.keys():
         role = next(iter(inputs))

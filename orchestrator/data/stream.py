@@ -241,10 +241,23 @@ def _processor(pickled: bytes) -> Any:
 def lengths(table: pa.Table) -> np.ndarray:
     """A cheap measure of each row: bytes of its texts (a token is about as many bytes in any script)."""
     total = np.zeros(len(table), dtype=np.int64)
-    for field in table.schema:
-        if field.name != "row_id" and (pa.types.is_string(field.type) or pa.types.is_large_string(field.type)):
-            total += pc.fill_null(pc.call_function("binary_length", [table[field.name]]), 0).to_numpy().astype(np.int64)
+    for name in table.column_names:
+        if name != "row_id":
+            total += _bytes(table[name].combine_chunks())
     return total
+
+
+def _bytes(array: pa.Array) -> np.ndarray:
+    """Bytes of the texts in each value, also of those in lists and structs."""
+    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+        return pc.fill_null(pc.call_function("binary_length", [array]), 0).to_numpy().astype(np.int64)
+    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        ends = np.cumsum(pc.fill_null(pc.call_function("list_value_length", [array]), 0).to_numpy())
+        inner = np.concatenate([[0], np.cumsum(_bytes(array.flatten()))])
+        return np.diff(inner[np.concatenate([[0], ends])]).astype(np.int64)
+    if pa.types.is_struct(array.type):
+        return sum((_bytes(part) for part in array.flatten()), np.zeros(len(array), dtype=np.int64))
+    return np.zeros(len(array), dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from orchestrator.tasks.base import Task
 TASKS: dict[str, str] = {
     "text-classification": "orchestrator.tasks.text_classification:TextClassification",
     "embedding": "orchestrator.tasks.embedding:Embedding",
+    "text-generation": "orchestrator.tasks.text_generation:TextGeneration",
+    "text2text": "orchestrator.tasks.text2text:Text2Text",
 }
 
 

@@ -50,6 +50,8 @@ class Column(Schema):
     """True for what the model learns to say: absent at prediction time."""
     optional_at_prediction: bool = False
     """A row to predict may have other inputs of the task instead, such as one text of a pair."""
+    alternative: bool = False
+    """One of the roles with this mark is enough, and one must be there: the same thing in several forms."""
     help: str = ""
 
 
@@ -95,6 +97,12 @@ class Task(Schema):
         Targets may be absent (prediction). Called once for every row before anything else sees it.
         """
         raise NotImplementedError
+
+    def check_target(self, row: Row) -> None:
+        """Raises `RowError` where a clean row lacks what is learnt from it or what scores it: asked by prepare, not for prediction.
+
+        For tasks whose target stands within an input, so that the columns alone don't say whether a row has it.
+        """
 
     def observe(self, rows: Sequence[Row]) -> Observation:
         """What `fit` must know of these clean rows, as counts: small, and independent of the number of rows."""
@@ -143,6 +151,10 @@ class Task(Schema):
         """
         return self.encode(rows, processor)
 
+    def token_view(self, row: Row, processor: Any) -> list[tuple[str, bool]]:
+        """The tokens of a clean row as the model learns from it, and whether each counts in the loss; empty where nothing is left out."""
+        return []
+
     def length(self, example: Example) -> int:
         """What an example costs of a token budget, before padding."""
         return len(example["input_ids"])
@@ -155,6 +167,10 @@ class Task(Schema):
     def processor(self, base: str, **from_hub: Any) -> Any | None:
         """A processor of the task's own, from the base model (local folder or hub id) or a bundle; None: that of the modality."""
         return None
+
+    def complete_processor(self, processor: Any) -> Any:
+        """The processor as this task needs it, from the one that was loaded: a chat template, language codes. It is saved with the model."""
+        return processor
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
@@ -246,6 +262,9 @@ class Task(Schema):
         return largest_difference(one, other)
 
     # ---- HTTP ------------------------------------------------------------------------------------------------
+    replay_parameters: ClassVar[Mapping[str, Any]] = {}
+    """`parameters` with which an answer has in it what `answer_difference` compares; for tasks whose usual answer is too short for that."""
+
     def inputs_schema(self) -> dict[str, Any]:
         """JSON Schema of the `inputs` of a request."""
         raise NotImplementedError
@@ -253,6 +272,10 @@ class Task(Schema):
     def inputs_example(self) -> Any:
         """An example of `inputs`, shown on the endpoint's pages."""
         raise NotImplementedError
+
+    def probe(self) -> list[Row]:
+        """Clean rows that cost little, asked of an idle endpoint again and again: does it still answer?"""
+        return self.rows_from(self.inputs_example())
 
     def rows_from(self, inputs: Any, parameters: Any = None) -> list[Row]:
         """The clean rows in the `inputs` of a Hugging Face Inference request; `InputError` where they don't fit.
