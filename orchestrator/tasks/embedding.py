@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from orchestrator.errors import InputError, did_you_mean
 from orchestrator.tasks import contrastive, embedding_requests, embedding_scores, texts, vectors
 from orchestrator.tasks import labels as label_rules
-from orchestrator.tasks.base import Column, Example, Observation, Parameters, Prediction, Row, RowError, Task
+from orchestrator.tasks.base import Column, Example, Observation, Prediction, Row, RowError, Task
 from orchestrator.tasks.contrastive import FIRST, Relation
 from orchestrator.tasks.vectors import Pooling
 
