@@ -213,7 +213,7 @@ class TokenClassification(Task):
         most = texts.limit(processor, self.max_length)
         overlap = most // 4 if self.stride is None else self.stride
         places = [self.units(row) for row in rows]
-        ids = {name: index for index, name in enumerate(self._names)}
+        ids = {name: index for index, name in enumerate(self._names)} if any(role in row for row in rows for role in _TARGETS) else {}
         examples = []
         for row, words, its in zip(rows, places, windows([row["text"] for row in rows], places, processor, most, overlap), strict=True):
             found = [{**window.example, "units": _units(words, window.words, window.tokens, self.problem == "entities")} for window in its]

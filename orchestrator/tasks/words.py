@@ -11,7 +11,7 @@ from typing import Any
 
 Place = tuple[int, int]
 
-_CONTINUOUS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+_CONTINUOUS = r"\p{Han}\p{Hiragana}\p{Katakana}\u30fc\uff70\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
 """Scripts that are written without spaces between words: each character is a unit of its own."""
 _JOINERS = r"\u200c\u200d"
 """Within words of Persian and of Indian scripts."""
