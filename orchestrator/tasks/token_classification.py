@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from orchestrator.errors import InputError, nearest
+from orchestrator.errors import InputError
 from orchestrator.tasks import labels as label_rules
 from orchestrator.tasks import tags as tag_rules
-from orchestrator.tasks import texts, token_answers
+from orchestrator.tasks import texts, token_answers, token_labels
 from orchestrator.tasks import words as word_rules
 from orchestrator.tasks.base import Column, Example, Observation, Parameters, Prediction, Row, RowError, Task
 from orchestrator.tasks.tags import OUTSIDE, Span
@@ -147,59 +147,12 @@ class TokenClassification(Task):
 
     def fit(self, observed: Mapping[str, Observation]) -> Self:
         """The task with its labels. Raises `InputError` where there is nothing to learn, or labels are not those that the job names."""
-        train = observed.get("train", {})
-        rows, counts = int(train.get("rows", 0)), train.get("labels", {})
-        if not rows:
-            raise InputError("The training split has no rows, so there is nothing to learn from.")
-        if self.problem == "entities" and not counts:
-            raise InputError(f"None of the {rows:,} training rows has an entity, so there is nothing to learn.")
-        if self.problem == "words" and len(counts) < 2:
-            raise InputError(f"All words of the training rows have the tag {next(iter(counts), None)!r}; a tagger needs two or more.")
-        if len(counts) > 50 and 2 * len(counts) > sum(counts.values()):
-            raise InputError(
-                f"The training rows have {len(counts):,} different labels, such as {label_rules.listed(counts)}: is data.columns right?"
-            )
-        _refuse_look_alikes(observed)
-        if self.labels is not None:
-            self._refuse_unlisted(observed)
-        return self.model_copy(update={"labels": self.labels or label_rules.ordered(counts)})
-
-    def _refuse_unlisted(self, observed: Mapping[str, Observation]) -> None:
-        assert self.labels is not None
-        for split, observation in observed.items():
-            if unknown := [name for name in observation.get("labels", {}) if name not in self.labels]:
-                advice = " Name it there, or in task.ignore_labels." if self.problem == "entities" else ""
-                raise InputError(
-                    f"The {split} split has labels that task.labels does not name: {label_rules.listed(unknown)}. "
-                    f"The nearest that it names is {nearest(unknown[0], self.labels)[0]!r}.{advice}"
-                )
-        if unseen := [name for name in self.labels if name not in observed["train"]["labels"]]:
-            counts = label_rules.listed(observed["train"]["labels"])
-            raise InputError(f"task.labels names {label_rules.listed(unseen)}, which no training row has. The rows have {counts}.")
+        token_labels.refuse(observed, self.labels, entities=self.problem == "entities")
+        return self.model_copy(update={"labels": self.labels or label_rules.ordered(observed["train"]["labels"])})
 
     def remarks(self, observed: Mapping[str, Observation]) -> list[str]:
         """Tags that had to be repaired, borders within words, and labels that can't be learnt, by split."""
-        said = []
-        known = observed["train"]["labels"]
-        for split, seen in observed.items():
-            if repaired := int(seen.get("repaired", 0)):
-                said.append(
-                    f"{repaired:,} tag{'s' * (repaired != 1)} of the {split} rows fit no entity, such as I-PER after O: read as where it begins "
-                    "or ends (in the scheme IOB1 that is the rule: task.scheme: IOB1)."
-                )
-            if cut := int(seen.get("cut", 0)):
-                one = cut == 1
-                said.append(
-                    f"{cut:,} {'entity' if one else 'entities'} of the {split} rows {'begins or ends' if one else 'begin or end'} within a word: "
-                    "the whole word is learnt, and the exact border is never found."
-                )
-            if unknown := {name: count for name, count in seen.get("labels", {}).items() if name not in known}:
-                shown = ", ".join(f"{name!r} ({count:,})" for name, count in sorted(unknown.items())[:5])
-                said.append(
-                    f"The {split} rows have labels that no training row has: {shown}. They count as missed. "
-                    f"The nearest training label is {nearest(min(unknown), known)[0]!r}."
-                )
-        return said
+        return token_labels.remarks(observed)
 
     # ---- tensors ---------------------------------------------------------------------------------------------
     def encode(self, rows: Sequence[Row], processor: Any) -> list[list[Example]]:
@@ -415,19 +368,6 @@ class TokenClassification(Task):
     def answer_difference(self, one: Any, other: Any) -> float:
         """As `difference` between answers of words; grouped ones must have the same groups."""
         return token_answers.answer_difference(one, other)
-
-
-def _refuse_look_alikes(observed: Mapping[str, Observation]) -> None:
-    """`InputError` where labels differ only by case or spaces, with how often each stands there."""
-    total: Counter[str] = Counter()
-    for observation in observed.values():
-        total.update(observation.get("labels", {}))
-    alike: dict[str, list[str]] = {}
-    for name in sorted(total, key=lambda name: -total[name]):
-        alike.setdefault("".join(name.casefold().split()), []).append(name)
-    if groups := [names for names in alike.values() if len(names) > 1]:
-        shown = "; ".join(" and ".join(f"{name!r} ({int(total[name]):,} times)" for name in names) for names in groups[:5])
-        raise InputError(f"Labels differ only by case or spaces: {shown}. Write each label one way.")
 
 
 def _units(words: Sequence[Place], chosen: Sequence[int], tokens: Sequence[int], together: bool) -> list[list[int]]:
