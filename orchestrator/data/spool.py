@@ -127,8 +127,9 @@ class _Held:
     all_bad: int = 0
 
     def __post_init__(self) -> None:
-        self.roles = list(self.reading.mapping)
         columns = self.reading.task.columns()
+        # A row may be cleaned into another role than that of its column; a role that no row has is left out at the end.
+        self.roles = list(columns)
         self.input_roles = [role for role in self.roles if not columns[role].target]
         self.target_roles = [role for role in self.roles if columns[role].target]
 
@@ -231,10 +232,14 @@ def bucket_of(order: np.ndarray, buckets: int) -> np.ndarray:
 
 
 def _content(rows: Sequence[Row], roles: Sequence[str]) -> np.ndarray:
-    """Hashes of what stands in `roles`."""
-    if len(roles) == 1 and all(type(row.get(roles[0])) is str for row in rows):
-        return hashes([row[roles[0]] for row in rows], "content")
-    return hashes([json.dumps([row.get(role) for role in roles], sort_keys=True, default=repr) for row in rows], "content")
+    """Hashes of what stands in `roles`; a row has the same one whichever roles other rows have."""
+    return hashes([_text({role: row[role] for role in roles if row.get(role) is not None}) for row in rows], "content")
+
+
+def _text(values: Mapping[str, Any]) -> str:
+    if len(values) == 1 and type(only := next(iter(values.values()))) is str:
+        return only
+    return json.dumps(values, sort_keys=True, default=repr)
 
 
 def _column(role: str, values: Sequence[Any]) -> pa.Array:
