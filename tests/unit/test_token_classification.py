@@ -9,11 +9,16 @@ import time
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from orchestrator import metrics, predictor, processors
+from orchestrator.config import DataSection
+from orchestrator.data.files import SourceFile
+from orchestrator.data.spool import Reading
 from orchestrator.errors import InputError
+from orchestrator.storage import Folder
 from orchestrator.tasks import create, tags, words
 from orchestrator.tasks.base import RowError
 from orchestrator.tasks.windows import windows
@@ -157,6 +162,26 @@ def test_rows_of_annotation_tools_are_understood():
     assert one.clean({**doccano, "tags": None})["spans"] == spans(text, ("Bob", "PER"), ("Rome", "LOC"))
     assert one.clean({"text": text, "spans": json.dumps(doccano["spans"])}) == one.clean(doccano)
     assert one.clean({"text": text, "spans": ""})["spans"] == []
+
+
+def test_words_become_a_text_that_is_kept_and_bad_rows_are_named(tmp_path):
+    words_file, spans_file = tmp_path / "names.conll", tmp_path / "names.jsonl"
+    words_file.write_text("Bob B-PER\n! O\n\nRome X-LOC\n")
+    spans_file.write_text('{"text": "Bob", "spans": [[0, 3, "PER"]]}\n{"text": "Bob", "spans": [[1, 9, "PER"]]}\n')
+    kept = {}
+    for path, roles, column, found in (
+        (words_file, ("tokens", "tags"), "tags", "X-LOC"),
+        (spans_file, ("text", "spans"), "spans", "[1, 9, 'PER']"),
+    ):
+        file = SourceFile(uri=str(path), name=path.name, format=path.suffix[1:], size=path.stat().st_size)
+        section = DataSection(train=str(path), max_bad_rows=1)
+        spool = Folder(str(tmp_path / path.stem / path.suffix[1:])).make()
+        [report] = Reading(task(), section, "train", (file,), {role: role for role in roles}, 0, 1, spool)()
+        [said] = report.to_pylist()
+        [bad] = json.loads(said["bad_first"])
+        assert (bad["file"], bad["column"], bad["found"]) == (path.name, column, found)
+        kept[path.suffix] = pa.ipc.read_schema(pa.py_buffer(said["schema"])).names
+    assert "text" in kept[".conll"]
 
 
 def test_overlapping_spans_say_which():
