@@ -36,8 +36,9 @@ def replay(
 
     Raises `StageError` naming the row, what was expected and what came, where they differ by more than `tolerance`.
     """
-    parameters = task.parameters.parse(dict(task.replay_parameters), "parameters")
-    beside = {"parameters": dict(task.replay_parameters)} if task.replay_parameters else {}
+    parameters = task.replay_parameters()
+    asked = parameters.model_dump(mode="json", exclude_defaults=True)
+    beside = {"parameters": asked} if asked else {}
     expected = [task.answer([prediction], parameters, single=True) for prediction in predictions]
     largest = 0.0
     with _client(api_key, timeout_s) as client, ThreadPoolExecutor(CLIENTS) as pool:

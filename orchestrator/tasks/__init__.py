@@ -13,6 +13,7 @@ TASKS: dict[str, str] = {
     "embedding": "orchestrator.tasks.embedding:Embedding",
     "text-generation": "orchestrator.tasks.text_generation:TextGeneration",
     "text2text": "orchestrator.tasks.text2text:Text2Text",
+    "token-classification": "orchestrator.tasks.token_classification:TokenClassification",
 }
 
 

@@ -52,6 +52,10 @@ class Column(Schema):
     """A row to predict may have other inputs of the task instead, such as one text of a pair."""
     alternative: bool = False
     """One of the roles with this mark is enough, and one must be there: the same thing in several forms."""
+    unless: str | None = None
+    """Another role that may stand in for this one: where that has a column, this needs none."""
+    aliases: tuple[str, ...] = ()
+    """Other names that such a column often has: one is taken where the job names none and there is none of the role's name."""
     help: str = ""
 
 
@@ -114,6 +118,10 @@ class Task(Schema):
         Raises `InputError` for what can't be learnt from: one class only, labels in `test` that `train` lacks, …
         """
         return self
+
+    def remarks(self, observed: Mapping[str, Observation]) -> list[str]:
+        """Sentences on each split's rows that a person should read before training on them; what can't be used, `fit` refuses."""
+        return []
 
     def stratum(self, row: Row) -> str | None:
         """The group within which a split keeps its shares, usually the label; None: no stratification."""
@@ -262,8 +270,6 @@ class Task(Schema):
         return largest_difference(one, other)
 
     # ---- HTTP ------------------------------------------------------------------------------------------------
-    replay_parameters: ClassVar[Mapping[str, Any]] = {}
-    """`parameters` with which an answer has in it what `answer_difference` compares; for tasks whose usual answer is too short for that."""
 
     def inputs_schema(self) -> dict[str, Any]:
         """JSON Schema of the `inputs` of a request."""
@@ -297,6 +303,10 @@ class Task(Schema):
     def answer_schema(self) -> dict[str, Any]:
         """JSON Schema of what `answer` returns."""
         raise NotImplementedError
+
+    def replay_parameters(self) -> Parameters:
+        """The parameters with which an endpoint is asked where its answers are compared: such that the answers say all that may differ."""
+        return self.parameters()
 
     def answer_difference(self, one: Any, other: Any) -> float:
         """The largest difference between numbers of two answers to the same request; inf where they say different things."""

@@ -52,7 +52,7 @@ def guess(columns: Mapping[str, Column], rows: Sequence[Mapping[str, Any]]) -> d
     taken = {given.column for given in found.values()}
     # Targets first: few values repeat in them, while any column of words could be the text.
     for role, column in sorted(columns.items(), key=lambda item: not item[1].target):
-        if role in found or not column.required:
+        if role in found or not column.required or column.unless in found:
             continue
         free = [name for name in names if name not in taken]
         given = (_target(role, column, free, rows) if column.target else None) or _input(role, column, free, rows)

@@ -53,7 +53,6 @@ class Text2Text(Task):
 
     parameters: ClassVar[type[Parameters]] = Text2TextParameters
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"perplexity"}) | text_scores.LOWER_IS_BETTER
-    replay_parameters: ClassVar[Mapping[str, Any]] = {"details": True}
 
     problem: Literal["translation", "summarization"] = "translation"
     """What scores it, and how answers are called."""
@@ -340,6 +339,10 @@ class Text2Text(Task):
 
     def answer_schema(self) -> dict[str, Any]:
         return generation_requests.answer_schema(ANSWERS[self.problem], {"type": "string"})
+
+    def replay_parameters(self) -> Parameters:
+        """With every token and its probability, so that a near tie is told from another answer."""
+        return self.parameters.parse({"details": True})
 
     def answer_difference(self, one: Any, other: Any) -> float:
         """As `difference` where the answers have details; else 0 for the same texts and inf for others."""

@@ -32,7 +32,6 @@ class TextGeneration(Task):
 
     parameters: ClassVar[type[Parameters]] = generation_requests.TextGenerationParameters
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"perplexity"}) | text_scores.LOWER_IS_BETTER
-    replay_parameters: ClassVar[Mapping[str, Any]] = {"details": True}
 
     problem: Literal["dialogue", "text"] | None = None
     """dialogue: rows are conversations, and the assistant's answers are learnt; text: rows are texts, learnt as a whole. None: by what the rows are."""
@@ -321,6 +320,10 @@ class TextGeneration(Task):
 
     def answer_schema(self) -> dict[str, Any]:
         return generation_requests.answer_schema("generated_text", {"anyOf": [{"type": "string"}, {"type": "array"}]})
+
+    def replay_parameters(self) -> Parameters:
+        """With every token and its probability, so that a near tie is told from another answer."""
+        return self.parameters.parse({"details": True})
 
     def answer_difference(self, one: Any, other: Any) -> float:
         """As `difference` where the answers have details; else 0 for the same texts and inf for others."""
