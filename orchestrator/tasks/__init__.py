@@ -10,6 +10,8 @@ from orchestrator.tasks.base import Task
 
 TASKS: dict[str, str] = {
     "text-classification": "orchestrator.tasks.text_classification:TextClassification",
+    "question-answering": "orchestrator.tasks.question_answering:QuestionAnswering",
+    "masked-lm": "orchestrator.tasks.masked_lm:MaskedLM",
 }
 
 
