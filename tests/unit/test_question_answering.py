@@ -410,7 +410,7 @@ def test_an_unmodified_client_is_answered(base, tmp_path):
         assert isinstance(every, list)
         assert all(len(one.answer.split()) <= 1 for one in every)
         assert client.question_answering(question="who", context=LONG, max_seq_len=10**6)  # no more than the model reads
-        with pytest.raises(HfHubHTTPError, match="inputs.context"):
+        with pytest.raises(HfHubHTTPError, match=r"inputs\.context"):
             client.question_answering(question="who", context=" ")
         with pytest.raises(HfHubHTTPError, match="max_answer_len"):
             client.question_answering(question="who", context="ada", max_answer_len=0)
