@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 TOP_K = 5
+MOST_MASKS = 16
+"""Masks of a text that are shown; of a longer list of answers the text of each would be too much."""
+MOST_CHARACTERS = 10_000_000
+"""Of a request's texts times the tokens that it asks for, since each comes with the whole text."""
 _OURS = ("positions", "labels", "counts", "shown", "offsets", "top_k", "targets")
 """In a batch, but not for the model."""
 
@@ -81,7 +85,8 @@ class MaskedLM(Task):
         limit, special = texts.limit(processor, self.max_length), set(processor.all_special_ids)
         examples = []
         for index, (row, seed) in enumerate(zip(rows, seeds, strict=True)):
-            rng, its = random.Random(seed), []
+            rng, its, asked = random.Random(seed), [], {} if training else self._asked(row, processor)
+            left = MOST_MASKS
             ids, words = encoded["input_ids"][index], encoded.word_ids(index)
             asks = not training and processor.mask_token_id in ids
             for kept, own in masks.windows(encoded, index, processor, limit):
@@ -91,7 +96,8 @@ class MaskedLM(Task):
                 if asks:
                     example["positions"] = [place for place in own if ids[kept[place]] == processor.mask_token_id]
                     example["labels"] = [masks.NOT_KNOWN] * len(example["positions"])
-                    shown = len(example["positions"])
+                    shown = min(left, len(example["positions"]))
+                    left -= shown
                 else:
                     own = [place for place in own if ids[kept[place]] not in special]
                     whole = masks.units([words[kept[place]] for place in own], own, whole_words=self.whole_word_mask)
@@ -99,7 +105,7 @@ class MaskedLM(Task):
                     shown = int(not its and bool(example["positions"]))
                 if not training:
                     example["offsets"] = [list(encoded["offset_mapping"][index][kept[place]]) for place in example["positions"][:shown]]
-                    example |= {"shown": shown, **self._asked(row, processor)}
+                    example |= {"shown": shown, **asked}
                 its.append(example)
             examples.append(its)
         return examples
@@ -252,11 +258,18 @@ class MaskedLM(Task):
         """Rows of a text or a list of texts."""
         given = {name: getattr(parameters, name) for name in ("top_k", "targets") if getattr(parameters, name, None) is not None}
         more = {"asked": given} if given else {}
-        if isinstance(inputs, list):
-            if not inputs:
-                raise InputError("`inputs` is an empty list; give at least one text.")
-            return [{**self._row_from(item, f"inputs[{place}]"), **more} for place, item in enumerate(inputs)]
-        return [{**self._row_from(inputs, "inputs"), **more}]
+        if not isinstance(inputs, list):
+            rows = [{**self._row_from(inputs, "inputs"), **more}]
+        elif not inputs:
+            raise InputError("`inputs` is an empty list; give at least one text.")
+        else:
+            rows = [{**self._row_from(item, f"inputs[{place}]"), **more} for place, item in enumerate(inputs)]
+        characters, top_k = sum(len(row["text"]) for row in rows), given.get("top_k", TOP_K)
+        if characters * top_k > MOST_CHARACTERS:
+            raise InputError(
+                f"`inputs` has {characters:,} characters, of which {top_k} versions are asked for; that is more than {MOST_CHARACTERS:,}."
+            )
+        return rows
 
     def _row_from(self, item: Any, where: str) -> Row:
         if not isinstance(item, str):

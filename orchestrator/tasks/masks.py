@@ -73,13 +73,12 @@ def units(words: Sequence[int | None], places: Sequence[int], *, whole_words: bo
 
 def target_ids(targets: Sequence[str], processor: Any) -> list[int]:
     """The token of each text that a client asks for: itself, or the first one of it, as transformers' pipeline has it."""
-    vocabulary = processor.get_vocab()
     found = []
-    for target in targets:
-        if target in vocabulary:
-            found.append(vocabulary[target])
-        elif ids := processor(target, add_special_tokens=False, padding=False, truncation=False, verbose=False)["input_ids"]:
-            found.append(ids[0])
-    if not found:
-        raise InputError(f"parameters.targets: {targets[0]!r} is no token of the model.")
+    for target, token in zip(targets, processor.convert_tokens_to_ids(list(targets)), strict=True):
+        if token is None or (token == processor.unk_token_id and target != processor.unk_token):
+            ids = processor(target, add_special_tokens=False, padding=False, truncation=False, verbose=False)["input_ids"]
+            if not ids:
+                raise InputError(f"parameters.targets: {target!r} has no token of the model.")
+            token = ids[0]
+        found.append(token)
     return list(dict.fromkeys(found))

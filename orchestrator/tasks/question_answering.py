@@ -46,7 +46,7 @@ class QuestionAnswering(Task):
     """Extractive question answering over contexts of any length, also where some questions have no answer (SQuAD 1.1 and 2.0)."""
 
     parameters: ClassVar[type[Parameters]] = QuestionAnsweringParameters
-    rows_at_once: ClassVar[int] = 64
+    rows_at_once: ClassVar[int] = 32
     lower_is_better: ClassVar[frozenset[str]] = frozenset({answer_scores.THRESHOLD})  # a setting that was found, better neither way
 
     max_length: Annotated[int, Field(ge=16)] | None = None
