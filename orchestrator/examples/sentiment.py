@@ -7,6 +7,7 @@ import io
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from orchestrator.examples.base import Example, wheel_folder
 
@@ -54,7 +55,7 @@ def _lines(archive: Path, member: str) -> Iterator[list[str]]:
             yield from (line.split("\t") for line in stream.read().decode("utf-8-sig").splitlines())
 
 
-_VADER = {
+_VADER: dict[str, Any] = {
     "package": "vaderSentiment",
     "version": "3.3.2",
     "archive": "vaderSentiment-3.3.2.tar.gz",
