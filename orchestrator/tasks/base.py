@@ -89,6 +89,13 @@ class Task(Schema):
         """
         raise NotImplementedError
 
+    def joined(self, row: Row, following: Row) -> Row | None:
+        """One clean row in place of two that follow one another in a file, or None: they stay two rows.
+
+        Asked by prepare, not for prediction; the row keeps the id of its first. For tasks that read neighbouring rows as one text.
+        """
+        return None
+
     def observe(self, rows: Sequence[Row]) -> Observation:
         """What `fit` must know of these clean rows, as counts: small, and independent of the number of rows."""
         return {"rows": len(rows)}

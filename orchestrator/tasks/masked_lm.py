@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 TOP_K = 5
 MOST_MASKS = 16
 """Masks of a text that are shown; of a longer list of answers the text of each would be too much."""
+BYTES_OF_A_TOKEN = 4
+"""About as many in any script, which is near enough to join texts before any is tokenized."""
 MOST_CHARACTERS = 10_000_000
 """Of a request's texts times the tokens that it asks for, since each comes with the whole text."""
 _OURS = ("positions", "labels", "counts", "shown", "offsets", "top_k", "targets")
@@ -48,6 +50,8 @@ class MaskedLM(Task):
     """Share of the tokens that are hidden; in training other ones in each epoch."""
     whole_word_mask: bool = False
     """Hide all tokens of a word together, which is harder to guess and teaches more."""
+    group_texts: bool = False
+    """Join rows that follow one another in a file to texts of about `max_length` tokens (4 bytes each), so that the model sees what stands around."""
 
     # ---- data ------------------------------------------------------------------------------------------------
     def columns(self) -> dict[str, Column]:
@@ -55,6 +59,11 @@ class MaskedLM(Task):
 
     def clean(self, row: Row) -> Row:
         return {"text": texts.clean_text("text", row.get("text"))}
+
+    def joined(self, row: Row, following: Row) -> Row | None:
+        text = f"{row['text']}\n{following['text']}"
+        fits = self.group_texts and len(text.encode()) <= BYTES_OF_A_TOKEN * (self.max_length or texts.DEFAULT_MAX_LENGTH)
+        return {"text": text} if fits else None
 
     def fit(self, observed: Mapping[str, Observation]) -> Self:
         if not observed.get("train", {}).get("rows"):

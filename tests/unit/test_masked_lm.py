@@ -5,10 +5,16 @@ import json
 import math
 import random
 
+import pyarrow as pa
 import pytest
 import torch
 
+from orchestrator import models
+from orchestrator.config import DataSection, ModelSection
+from orchestrator.data.files import SourceFile
+from orchestrator.data.spool import Reading
 from orchestrator.errors import InputError
+from orchestrator.storage import Folder
 from orchestrator.tasks import create, hidden_only, masks
 from tests.fixtures.tiny import text_base
 from tests.unit import live
@@ -153,20 +159,18 @@ def test_the_head_computes_for_hidden_tokens_what_it_computes_for_all(base, toke
     whole = model(**inputs, labels=labels)
     assert torch.allclose(found, whole.logits.reshape(-1, whole.logits.shape[-1])[batch["positions"]], atol=1e-5)
     total, count = of.loss(model, batch)
-    assert float(total) / count == pytest.approx(float(whole.loss), rel=1e-5)
+    assert total.item() / count == pytest.approx(whole.loss.item(), rel=1e-5)
     assert count == sum(len(example["positions"]) for example in examples)
     twin = copy.deepcopy(model)
-    assert float(of.loss(twin, batch)[0]) == pytest.approx(float(total))
+    assert of.loss(twin, batch)[0].item() == pytest.approx(total.item())
     assert twin.hidden_only is not model.hidden_only  # type: ignore[union-attr]
 
 
 def test_adapters_and_data_parallel_wrappers_keep_the_gate(base, tokenizer):
-    import peft
-
     of = task()
     model = of.model(base, dtype=torch.float32).eval()
     batch = of.collate([example for its in of.encode([{"text": LONG}], tokenizer) for example in its], tokenizer)
-    plain = float(of.loss(model, batch)[0])
+    plain = of.loss(model, batch)[0].item()
 
     class Wrapper(torch.nn.Module):
         def __init__(self, module):
@@ -176,9 +180,9 @@ def test_adapters_and_data_parallel_wrappers_keep_the_gate(base, tokenizer):
         def forward(self, **inputs):
             return self.module(**inputs)
 
-    assert float(of.loss(Wrapper(model), batch)[0]) == pytest.approx(plain)
-    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["query"]))  # type: ignore[arg-type]
-    assert float(of.loss(adapted, batch)[0]) == pytest.approx(plain)
+    assert of.loss(Wrapper(model), batch)[0].item() == pytest.approx(plain)
+    adapted = models.with_adapters(copy.deepcopy(model), ModelSection.model_validate({"base": base, "lora": {}}), [])
+    assert of.loss(adapted, batch)[0].item() == pytest.approx(plain)
 
 
 def test_a_batch_with_nothing_hidden_has_no_loss(base, tokenizer):
@@ -186,7 +190,7 @@ def test_a_batch_with_nothing_hidden_has_no_loss(base, tokenizer):
     model = of.model(base, dtype=torch.float32)
     [[example]] = of.encode([{"text": "unseen"}], tokenizer)
     total, count = of.loss(model, of.collate([example], tokenizer))
-    assert (float(total), count) == (0.0, 0.0)
+    assert (total.item(), count) == (0.0, 0.0)
     total.backward()
     assert of.infer(model.eval(), of.collate([example], tokenizer)) == [{"hidden": 0, "right": 0, "loss": 0.0, "masks": []}]
 
@@ -248,15 +252,41 @@ def test_perplexity_and_accuracy_are_over_the_hidden_tokens():
         of.score(predictions, [{}, {}], ["perplexty"])
 
 
+def test_neighbouring_rows_of_a_file_are_grouped(tmp_path):
+    (tmp_path / "a.txt").write_text("one two\n\nthree\n" + "long " * 20 + "\nfour\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("five\n", encoding="utf-8")
+    files = tuple(SourceFile(uri=str(tmp_path / name), name=name, format="text", size=1) for name in ("a.txt", "b.txt"))
+
+    def read(of, name):
+        spool = Folder(str(tmp_path / name)).make()
+        [report] = [
+            row
+            for table in Reading(of, DataSection(train="x"), "train", files, {"text": "text"}, 0, 1, spool)()
+            for row in table.to_pylist()
+        ]
+        with pa.OSFile(str(tmp_path / name / f"{report['name']}.arrow")) as source:
+            rows = pa.ipc.open_file(source).read_all().to_pylist()
+        return report["rows"], report["joined"], {row["row_id"]: row["text"].strip() for row in rows}
+
+    apart = read(task(max_length=4), "apart")
+    assert apart[:2] == (5, 0)
+    count, joined, rows = read(task(max_length=4, group_texts=True), "grouped")
+    assert (count, joined) == (4, 1)
+    assert rows == {"a.txt:1": "one two\nthree", "a.txt:4": ("long " * 20).strip(), "a.txt:5": "four", "b.txt:1": "five"}
+
+
 def test_no_rows_are_refused():
     with pytest.raises(InputError, match="no rows"):
         task().fit({"train": {"rows": 0}})
 
 
-def test_an_unmodified_client_is_answered(base, tmp_path):
+def test_an_unmodified_client_is_answered(base, tmp_path, monkeypatch):
     from huggingface_hub import InferenceClient
     from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import _detect_agent
 
+    monkeypatch.setattr(_detect_agent, "_registry", {})  # not looked up on the hub
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     engine = live.predictor(task(max_length=16), base, tmp_path / "bundle")
     text = "The goal of life is [MASK] ."
     with live.endpoint(engine) as url:

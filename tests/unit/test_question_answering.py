@@ -220,15 +220,12 @@ def test_padding_changes_neither_loss_nor_output(base, tokenizer):
     for smoothing in (0.0, 0.1):
         whole, items = of.loss(model, of.collate(examples, tokenizer), label_smoothing=smoothing)
         parts = [of.loss(model, of.collate([example], tokenizer), label_smoothing=smoothing) for example in examples]
-        assert float(whole) == pytest.approx(sum(float(part) for part, _ in parts), rel=1e-5)
+        assert whole.item() == pytest.approx(sum(part.item() for part, _ in parts), rel=1e-5)
         assert items == len(examples)
     tokenizer.padding_side = "left"
     left = of.collate(examples, tokenizer)
     tokenizer.padding_side = "right"
     assert left["null"][-1] == 24 - len(examples[-1]["input_ids"])
-    assert float(of.loss(model, of.collate(examples[:1], tokenizer))[0]) == pytest.approx(
-        float(of.loss(model, {**of.collate(examples[:1], tokenizer)})[0])
-    )
 
 
 # ---- spans ---------------------------------------------------------------------------------------------------
@@ -388,10 +385,13 @@ def test_the_answer_that_is_given_comes_first():
     assert of.answer([prediction] * 2, QuestionAnsweringParameters(), single=False)[1]["answer"] == ""
 
 
-def test_an_unmodified_client_is_answered(base, tmp_path):
+def test_an_unmodified_client_is_answered(base, tmp_path, monkeypatch):
     from huggingface_hub import InferenceClient
     from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import _detect_agent
 
+    monkeypatch.setattr(_detect_agent, "_registry", {})  # not looked up on the hub
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     engine = live.predictor(task(handle_impossible_answer=False, max_length=24, doc_stride=4), base, tmp_path / "bundle")
     with live.endpoint(engine) as url:
         client = InferenceClient(model=url)
