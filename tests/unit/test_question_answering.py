@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +32,7 @@ def tokenizer(base):
     return AutoTokenizer.from_pretrained(base)
 
 
-def task(**fields):
+def task(**fields) -> Any:
     return create({"name": "question-answering", **fields})
 
 
