@@ -216,7 +216,7 @@ def write_bundle(
         model=(models.merged(model) if base is None else model).to("cpu"),
         base=base,
         processor=processor,
-        task=task,
+        task=task.calibrate(metrics),
         job=job.to_json(),
         lineage={**lineage, **counted, "best_step": best.step},
         metrics={"validation": metrics},

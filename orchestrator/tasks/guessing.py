@@ -25,6 +25,8 @@ TARGET_NAMES = (
     "topic",
     "tag",
     "tags",
+    "answer",
+    "answers",
 )
 _MEDIA = {
     "image": re.compile(r"\.(jpe?g|png|bmp|gif|webp|tiff?)$|^data:image/", re.IGNORECASE),
