@@ -127,8 +127,7 @@ class ImageClassification(Task):
     def encode(self, rows: Sequence[Row], processor: Any) -> list[list[Example]]:
         """Each row is one example: uint8 pixels of the size that the model takes."""
         channels = images.channels(processor)
-        arrays = images.pixels([images.load(row["image"], channels) for row in rows], processor)
-        examples = [images.example(array) for array in arrays]
+        examples = [images.example(images.pixels(images.load(row["image"], channels), processor)) for row in rows]
         for row, example in zip(rows, examples, strict=True):
             if "label" in row:
                 example["labels"] = self._target(row)
@@ -154,7 +153,7 @@ class ImageClassification(Task):
 
     def _augmented(self, row: Row, processor: Any, rng: np.random.Generator) -> np.ndarray:
         image = self.augment.apply(images.load(row["image"], images.channels(processor)), rng)
-        return images.pixels([image], processor)[0]
+        return images.pixels(image, processor)
 
     def _mixed(
         self, pixels: np.ndarray, target: list[float], partner: Row, processor: Any, rng: np.random.Generator

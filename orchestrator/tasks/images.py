@@ -38,6 +38,8 @@ _MAGIC = {
     b"BM": "image/bmp",
     b"II*\0": "image/tiff",
     b"MM\0*": "image/tiff",
+    b"II+\0": "image/tiff",
+    b"MM\0+": "image/tiff",
 }
 _EXPECTED = "an image (PNG, JPEG, GIF, WebP, BMP or TIFF)"
 _NO_PIXELS = {"do_rescale": False, "do_normalize": False, "do_pad": False, "do_flip_channel_order": False, "include_top": False}
@@ -96,12 +98,15 @@ def decode(content: bytes) -> Image.Image:
 
 def size(content: bytes) -> tuple[int, int]:
     """Width and height as `decode` gives them, and its errors; a JPEG is read through but decoded at an eighth of its size."""
-    from PIL import ExifTags
+    from PIL import ExifTags, ImageOps
 
     with _decoding():
         image = _opened(content)
+        if image.format not in ("JPEG", "MPO"):
+            image.load()
+            return ImageOps.exif_transpose(image).size
         width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         image.draft(None, (1, 1))
         image.load()
         return (height, width) if turned else (width, height)
@@ -112,6 +117,8 @@ def _opened(content: bytes) -> Image.Image:
 
     from PIL import Image
 
+    if _kind(content) is None:
+        raise ValueError("no picture in it")
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     if image.width * image.height > MOST_PIXELS:
         raise ValueError(f"{image.width:,} x {image.height:,} pixels, more than the {MOST_PIXELS:,} that an image may have")
@@ -128,7 +135,7 @@ def _decoding() -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"more than the {MOST_PIXELS:,} pixels that an image may have") from None
     except Image.UnidentifiedImageError:
-        raise ValueError("no picture in it") from None
+        raise ValueError("it can't be decoded") from None
     except Exception as error:  # noqa: BLE001
         raise ValueError(_sentence(error)) from None
 
@@ -248,12 +255,11 @@ def channels(processor: Any) -> int:
     return 1 if isinstance(mean, Sequence) and len(mean) == 1 else 3
 
 
-def pixels(images: Sequence[Image.Image], processor: Any) -> list[np.ndarray]:
-    """Each image resized and cropped as the processor does, uint8 of shape (channels, height, width); no numbers changed yet."""
+def pixels(image: Image.Image, processor: Any) -> np.ndarray:
+    """The image resized and cropped as the processor does, uint8 of shape (channels, height, width); no numbers changed yet."""
     import numpy as np
 
-    options = _known(processor, _NO_PIXELS)
-    return [np.ascontiguousarray(processor(image, **options)["pixel_values"][0], dtype=np.uint8) for image in images]
+    return np.ascontiguousarray(processor(image, **_known(processor, _NO_PIXELS))["pixel_values"][0], dtype=np.uint8)
 
 
 def example(array: np.ndarray) -> Example:

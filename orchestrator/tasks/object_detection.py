@@ -119,8 +119,7 @@ class ObjectDetection(Task):
         targets = {}
         if "objects" in row:
             image, targets = self._targets(image, [item for item in row["objects"] if not item.get("crowd")], seed)
-        [pixels] = images.pixels([image], processor)
-        return images.example(pixels) | {"original": [image.height, image.width]} | targets
+        return images.example(images.pixels(image, processor)) | {"original": [image.height, image.width]} | targets
 
     def _targets(self, image: Image.Image, objects: Sequence[Mapping[str, Any]], seed: int | None) -> tuple[Image.Image, dict[str, Any]]:
         """Classes and boxes (middle and size, as shares of the image), with the image that they are in."""

@@ -170,7 +170,7 @@ def test_nothing_that_a_client_names_is_opened(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "secret.png"
     path.write_bytes(RED)
     monkeypatch.setattr(Folder, "read_bytes", lambda self: pytest.fail(f"opened {self.uri}"))
-    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("decoded what is no image"))
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("gave Pillow what is no image"))
     for named in (str(path), f"file://{path}", "http://localhost/x.png", "s3://bucket/x.png", "../x.png", "data:text/plain,x", "secret"):
         with pytest.raises(InputError, match="inputs"):
             images.rows_from(named)
@@ -215,7 +215,7 @@ def test_resized_first_and_made_numbers_later_is_what_the_processor_does_at_once
     channels = images.channels(processor)
     assert channels == len(settings.get("image_mean", (1, 2, 3)))
     pictures = [images.plain(photo(), channels), images.plain(photo(70, 50), channels)]
-    arrays = images.pixels(pictures, processor)
+    arrays = [images.pixels(image, processor) for image in pictures]
     assert all(array.dtype == np.uint8 for array in arrays)
     examples = [images.example(array) for array in arrays]
     for image, found in zip(pictures, images.numbers(examples, processor), strict=True):
