@@ -33,7 +33,7 @@ class FixedStatistics(torch.nn.Module):
             self.register_buffer(name, getattr(norm, name))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return functional.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return _by_statistics(self, input)
 
 
 class LearntStatistics(torch.nn.BatchNorm2d):
@@ -41,8 +41,19 @@ class LearntStatistics(torch.nn.BatchNorm2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.training and input.numel() == input.shape[1]:
-            return functional.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        return super().forward(input)
+            return _by_statistics(self, input)
+        return _right_gradient(super().forward(input))
+
+
+def _by_statistics(norm: Any, input: torch.Tensor) -> torch.Tensor:
+    return _right_gradient(functional.batch_norm(input, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps))
+
+
+def _right_gradient(output: torch.Tensor) -> torch.Tensor:
+    """torch 2.13 on a CPU: the gradient of a batch of one is wrong where what comes back lies in memory as a transposed tensor."""
+    if output.requires_grad:
+        output.register_hook(torch.Tensor.contiguous)
+    return output
 
 
 def settle(model: torch.nn.Module, setting: Setting) -> None:

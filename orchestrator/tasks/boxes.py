@@ -176,7 +176,7 @@ def _shrink(image: Image.Image, boxes: np.ndarray, factor: float, rng: np.random
 def difference(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], threshold: float, slack: float = 0.0) -> float:
     """How far two sets of found objects are apart: the largest over those scored `threshold` or more in either set.
 
-    Each is compared with the nearest of its label in the other set: by score, and by corners relative to its longer side (beyond `slack`
+    Each is compared with the nearest of its label in the other set: by score, and by corners relative to the longest side of the two (beyond `slack`
     pixels). One that has none there counts by how far its score is above the threshold, where it would have vanished.
     """
     return max(_missed(one, other, threshold, slack), _missed(other, one, threshold, slack))
@@ -199,6 +199,6 @@ def _missed(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]
 
 def _apart(one: Mapping[str, Any], other: Mapping[str, Any], slack: float) -> float:
     a, b = corners(one["box"]), corners(other["box"])
-    side = max(a[2] - a[0], a[3] - a[1], 1.0)
+    side = max(*(box[2] - box[0] for box in (a, b)), *(box[3] - box[1] for box in (a, b)), 1.0)
     shift = max(abs(x - y) for x, y in zip(a, b, strict=True))
     return max(abs(one["score"] - other["score"]), max(0.0, shift - slack) / side)

@@ -26,8 +26,8 @@ MOST_PIXELS = 64_000_000
 """Of one image; what claims more is refused before it is decoded, since a file of kilobytes can claim gigabytes."""
 PATCH = 16 * 16
 """Pixels that count as one token of a token budget, as in the patches of a ViT."""
-FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF")
-"""What is decoded; Pillow knows more, some of which run other programs."""
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
+"""What is decoded (MPO, of some cameras, is opened as JPEG); Pillow knows more, some of which run other programs."""
 BASE64 = r"[A-Za-z0-9+/\s]+={0,2}\s*"
 _DATA = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w=-]+)*;base64,", re.IGNORECASE)
 _MAGIC = {

@@ -20,13 +20,13 @@ from tests.fixtures.tiny_images import picture, uri
 
 
 class Processor:
-    """Gives pixels as they are."""
+    """Gives pixels of one size, 20 x 16."""
 
     image_mean = (0.5, 0.5, 0.5)
     _valid_kwargs_names = ()
 
     def __call__(self, image: Any) -> dict[str, Any]:
-        return {"pixel_values": [np.moveaxis(np.asarray(image), -1, 0)]}
+        return {"pixel_values": [np.moveaxis(np.asarray(image.resize((20, 16))), -1, 0)]}
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -44,7 +44,7 @@ def test_every_operation_changes_or_keeps_a_picture_of_its_size(place: int, mode
     for strength in (0.0, 1.0):
         changed = augmentation._operate(image, place, strength, rng())
         assert (changed.size, changed.mode) == (image.size, mode)
-    if place:
+    if place and (place, mode) != (7, "L"):  # Grey has no saturation.
         assert changed.tobytes() != image.tobytes()
 
 
