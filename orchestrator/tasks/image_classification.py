@@ -280,7 +280,9 @@ class ImageClassification(Task):
         else:
             wanted = list(metrics)
         if wrong := [name for name in wanted if single and name.startswith("top_") and not _TOP.fullmatch(name)]:
-            raise InputError(f"evaluation.metrics: {wrong[0]!r} is no metric of this task. Did you mean 'top_5_accuracy' (or another number)?")
+            raise InputError(
+                f"evaluation.metrics: {wrong[0]!r} is no metric of this task. Did you mean 'top_5_accuracy' (or another number)?"
+            )
         tops = {name: int(found[1]) for name in wanted if single and (found := _TOP.fullmatch(name))}
         scores = classification_scores.score(self.problem, self._names, predictions, rows, [name for name in wanted if name not in tops])
         tops = {name: count for name, count in tops.items() if count < len(self._names)}

@@ -65,7 +65,9 @@ def endpoint(engine: Any) -> Iterator[str]:
             time.sleep(0.02)
         try:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("huggingface_hub.utils._detect_agent._registry", {"standardEnvVars": [], "harnesses": {}})  # Else it is fetched.
+                patch.setattr(
+                    "huggingface_hub.utils._detect_agent._registry", {"standardEnvVars": [], "harnesses": {}}
+                )  # Else it is fetched.
                 yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
