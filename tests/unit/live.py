@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from orchestrator import bundle
 from orchestrator.predictor import Predictor
 from orchestrator.storage import Folder
@@ -62,7 +64,11 @@ def endpoint(engine: Any) -> Iterator[str]:
             assert time.monotonic() < deadline, "the server did not start within 30 s"
             time.sleep(0.02)
         try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+            with pytest.MonkeyPatch.context() as patch:
+                nothing = {"standardEnvVars": [], "harnesses": {}}
+                patch.setattr("huggingface_hub.utils._detect_agent._registry", nothing)  # Else a client fetches it.
+                patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # It refuses this machine too.
+                yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(30)
