@@ -10,6 +10,8 @@ from orchestrator.tasks.base import Task
 
 TASKS: dict[str, str] = {
     "text-classification": "orchestrator.tasks.text_classification:TextClassification",
+    "speech-recognition": "orchestrator.tasks.speech_recognition:SpeechRecognition",
+    "audio-classification": "orchestrator.tasks.audio_classification:AudioClassification",
 }
 
 

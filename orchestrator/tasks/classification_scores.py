@@ -1,4 +1,4 @@
-"""Scores and tables of text classification: predictions and rows as arrays, then the metric modules."""
+"""Scores and tables of classifiers: predictions and rows as arrays, then the metric modules."""
 
 from __future__ import annotations
 
@@ -87,6 +87,19 @@ def tables(problem: str, names: Sequence[str], predictions: Sequence[Prediction]
         for name, line in zip(names, counts, strict=True)
     ]
     return {"per_class": per_class, "confusion_matrix": matrix}
+
+
+def applied(function: str, logits: Any) -> list[float]:
+    """Scores from a model's raw numbers: softmax, sigmoid, or none for the numbers themselves."""
+    import numpy as np
+
+    values: np.ndarray = np.asarray(logits, dtype=np.float64)
+    if function == "softmax":
+        powers = np.exp(values - values.max())
+        values = powers / powers.sum()
+    elif function == "sigmoid":
+        values = np.where(values >= 0, 1 / (1 + np.exp(-np.abs(values))), np.exp(-np.abs(values)) / (1 + np.exp(-np.abs(values))))
+    return [float(value) for value in values]
 
 
 def _arrays(problem: str, names: Sequence[str], predictions: Sequence[Prediction], rows: Sequence[Row]) -> dict[str, Any]:

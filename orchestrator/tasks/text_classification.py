@@ -12,6 +12,7 @@ from orchestrator.errors import InputError
 from orchestrator.tasks import labels as label_rules
 from orchestrator.tasks import texts
 from orchestrator.tasks.base import Column, Example, Observation, Parameters, Prediction, Row, RowError, Task, largest_difference
+from orchestrator.tasks.classification_scores import applied
 
 if TYPE_CHECKING:
     import torch
@@ -226,7 +227,7 @@ class TextClassification(Task):
         logits = outputs[0].astype("float64")
         if self.problem == "regression":
             return {"value": float(logits[0])}
-        scores = dict(zip(self._names, _apply(self._default_function, logits), strict=True))
+        scores = dict(zip(self._names, applied(self._default_function, logits), strict=True))
         raw = [float(value) for value in logits]
         if self.problem == "multi-label":
             return {"labels": [name for name, score in scores.items() if score >= self.threshold], "scores": scores, "logits": raw}
@@ -282,7 +283,7 @@ class TextClassification(Task):
     def inputs_example(self) -> Any:
         return "I love this camera, but the battery is poor."
 
-    def rows_from(self, inputs: Any) -> list[Row]:
+    def rows_from(self, inputs: Any, parameters: Any = None) -> list[Row]:
         """Rows of a string, `{"text": …, "text_pair": …}`, or a list of these."""
         if isinstance(inputs, list):
             if not inputs:
@@ -314,11 +315,11 @@ class TextClassification(Task):
         answers = []
         for prediction in predictions:
             if self.problem == "regression":
-                scores = dict(zip(self._names, _apply(function, [prediction["value"]]), strict=True))
+                scores = dict(zip(self._names, applied(function, [prediction["value"]]), strict=True))
             elif function == self._default_function:
                 scores = prediction["scores"]
             else:
-                scores = dict(zip(self._names, _apply(function, prediction["logits"]), strict=True))
+                scores = dict(zip(self._names, applied(function, prediction["logits"]), strict=True))
             ranked = sorted(scores.items(), key=lambda item: -item[1])[: parameters.top_k]
             answers.append([{"label": name, "score": score} for name, score in ranked])
         return answers
@@ -357,15 +358,3 @@ def _set_pad_token(config: Any, base: str, from_hub: Mapping[str, Any]) -> None:
         raise InputError(f"model.base: the tokenizer of {base!r} has neither a padding nor an end token, so texts can't be batched.")
     config.get_text_config().pad_token_id = pad
     config.pad_token_id = pad
-
-
-def _apply(function: str, logits: Any) -> list[float]:
-    import numpy as np
-
-    values: np.ndarray = np.asarray(logits, dtype=np.float64)
-    if function == "softmax":
-        powers = np.exp(values - values.max())
-        values = powers / powers.sum()
-    elif function == "sigmoid":
-        values = np.where(values >= 0, 1 / (1 + np.exp(-np.abs(values))), np.exp(-np.abs(values)) / (1 + np.exp(-np.abs(values))))
-    return [float(value) for value in values]
