@@ -37,11 +37,11 @@ def steady(model: torch.nn.Module) -> torch.nn.Module:
     encoder: Any = getattr(model, "base_model", model)
     if hasattr(encoder, "masked_spec_embed"):
         encoder.masked_spec_embed.requires_grad_(False)
-    config: Any = model.config
-    if config.model_type in MASKED and getattr(config, "feat_extract_norm", None) == "group":
+    if getattr(model.config, "model_type", None) in MASKED:
         layer = encoder.feature_extractor.conv_layers[0]
-        layer.layer_norm = _MaskedGroupNorm.of(layer.layer_norm)
-        encoder.register_forward_pre_hook(_tell_what_is_padding, with_kwargs=True)
+        if isinstance(getattr(layer, "layer_norm", None), torch.nn.GroupNorm):
+            layer.layer_norm = _MaskedGroupNorm.of(layer.layer_norm)
+            encoder.register_forward_pre_hook(_tell_what_is_padding, with_kwargs=True)
     return model
 
 
