@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -234,6 +235,28 @@ def _of_class(file: SourceFile, section: DataSection, columns: list[str] | None,
     yield 1, values if columns is None else {name: value for name, value in values.items() if name in columns}
 
 
+def _librispeech(file: SourceFile, section: DataSection, columns: list[str] | None, required: Sequence[str]) -> Iterator[Record]:
+    """The transcripts of a chapter, `SPEAKER-CHAPTER-NUMBER TEXT` a line (Panayotov et al. 2015): each is a row, its sound lies beside."""
+    _require(file, required, ["audio", "text", "id", "speaker", "chapter"])
+    beside = {posixpath.splitext(name)[0]: name for name in file.names_beside() if media_kind(name) == "audio"}
+    for number, line in enumerate(lines(file, section), start=1):
+        utterance, _, text = line.strip().partition(" ")
+        if not utterance:
+            continue
+        if utterance not in beside:
+            yield number, BadRow("audio", f"the sound {utterance} (.flac, .wav, …) beside the file", "none")
+            continue
+        parts = utterance.split("-")
+        values = {
+            "audio": beside[utterance],
+            "text": text,
+            "id": utterance,
+            "speaker": parts[0],
+            "chapter": parts[1] if len(parts) > 1 else "",
+        }
+        yield number, values if columns is None else {name: value for name, value in values.items() if name in columns}
+
+
 # ---- tables --------------------------------------------------------------------------------------------------
 def _parquet(file: SourceFile, section: DataSection, columns: list[str] | None, required: Sequence[str]) -> Iterator[Record]:
     import pyarrow.parquet as pq
@@ -309,4 +332,5 @@ _READERS: dict[str, Callable[[SourceFile, DataSection, list[str] | None, Sequenc
     "parquet": _parquet,
     "arrow": _arrow,
     "folder": _of_class,
+    "librispeech": _librispeech,
 }

@@ -23,8 +23,6 @@ from orchestrator.tasks.labels import missing
 if TYPE_CHECKING:
     import numpy as np
 
-LONGEST_PATH = 4096
-"""Characters of a path, on Linux; a longer text is a sound as base64."""
 BLOCK_S = 30
 """Seconds that are in memory at once while a sound is checked."""
 SHORTEST_S = 0.1
@@ -32,6 +30,8 @@ SHORTEST_S = 0.1
 EXPECTED = "a sound that can be read (wav, flac, mp3 or ogg)"
 
 _DATA_URI = re.compile(r"data:(?:audio/[\w.+-]+|application/octet-stream)?(?:;[\w.+-]+=[^;,]*)*;base64,", re.ASCII | re.IGNORECASE)
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{100,}={0,2}\s*")
+"""A file's content. No path is so long without a dot, a dash or an underscore."""
 _TYPES = {"WAVEX": "wav", "OGG": "ogg", "MP3": "mpeg"}
 
 
@@ -185,7 +185,7 @@ def _canonical(column: str, value: Any) -> str:
             return _canonical(column, json.loads(value))
         except json.JSONDecodeError:
             pass
-    if value[:5].lower() == "data:" or len(value) > LONGEST_PATH:
+    if value[:5].lower() == "data:" or _BASE64.fullmatch(value):
         return _data_uri(column, _from_base64(column, value))
     return value
 
