@@ -88,7 +88,7 @@ def test_words_of_overlapping_chunks_stand_once(seed: int) -> None:
         end = min(start + length, whole)
         heard = [word for word in said if word[1] >= start and word[2] <= end]
         cut = [("uh", max(start, a), min(end, b)) for _, a, b in said if (a < start < b) or (a < end < b)]
-        signs = [("x", 0.0, 0.0)][:0]
+        signs: list[tuple[str, float, float]] = []
         for text, a, b in sorted([*heard, *cut], key=lambda word: word[1]):
             each = (b - a) / len(text)
             signs += [(sign, a + place * each, a + (place + 1) * each) for place, sign in enumerate(text)] + [(" ", b, b)]
