@@ -29,7 +29,7 @@ def test_labels_are_those_of_the_training_rows_and_wrong_ones_are_said() -> None
     with pytest.raises(InputError, match="differ only by case"):
         fitted([*ROWS, {**ROWS[0], "label": "Low"}])
     made = create("audio-classification")
-    with pytest.raises(InputError, match="The test split has labels that no training row has: 'hgh'.*'high'"):
+    with pytest.raises(InputError, match=r"The test split has labels that no training row has: 'hgh'.*'high'"):
         made.fit({"train": made.observe(ROWS), "test": made.observe([{**ROWS[0], "label": "hgh"}])})
     with pytest.raises(InputError, match="twice"):
         create({"name": "audio-classification", "labels": [1, 1.0]})
