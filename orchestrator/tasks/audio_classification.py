@@ -67,7 +67,8 @@ class AudioClassification(Task):
         clean: Row = {}
         if "label" in row:
             clean["label"] = label_rules.one_label(row["label"], "one label")
-        return {"audio": sounds.clean("audio", row.get("audio"), longest_s=float("inf"), used_s=self.max_length_s), **clean}
+        used_s = None if self.augments else self.max_length_s
+        return {"audio": sounds.clean("audio", row.get("audio"), longest_s=float("inf"), used_s=used_s), **clean}
 
     def observe(self, rows: Sequence[Row]) -> Observation:
         return {"rows": len(rows), "labels": dict(Counter(row["label"] for row in rows if "label" in row))}

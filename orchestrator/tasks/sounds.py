@@ -23,8 +23,8 @@ from orchestrator.tasks.labels import missing
 if TYPE_CHECKING:
     import numpy as np
 
-BLOCK_S = 30
-"""Seconds that are in memory at once while a sound is checked."""
+BLOCK = 1 << 22
+"""Samples, of all channels, that are read at once: a small file may hold hours of many channels."""
 SHORTEST_S = 0.1
 """What is shorter is lengthened by silence to this: models see nothing in a few samples."""
 EXPECTED = "a sound that can be read (wav, flac, mp3 or ogg)"
@@ -43,14 +43,12 @@ def clean(column: str, value: Any, *, longest_s: float, used_s: float | None = N
     sound = _canonical(column, value)
     with opened(column, sound) as file:
         _check_length(column, file, longest_s)
-        left = file.frames if used_s is None else min(file.frames, round(used_s * file.samplerate))
-        while left > 0:
-            samples = _read(column, sound, file, min(left, BLOCK_S * file.samplerate))
-            if not len(samples):
-                if file.format == "MP3":  # Its header says nothing of its length, which is guessed.
-                    break
-                raise RowError(column, EXPECTED, f"{shown(sound)}, which ends {left / file.samplerate:.1f} s before its header says")
-            left -= len(samples)
+        wanted = file.frames if used_s is None else min(file.frames, round(used_s * file.samplerate))
+        found = sum(len(samples) for samples in _blocks(column, sound, file, wanted))
+        if found < wanted and file.format != "MP3":  # Whose header does not say how long it is.
+            raise RowError(
+                column, EXPECTED, f"{shown(sound)}, which ends {(wanted - found) / file.samplerate:.1f} s before its header says"
+            )
     return sound
 
 
@@ -99,17 +97,19 @@ def inputs_schema() -> dict[str, Any]:
 def load(column: str, sound: str, rate: int, *, start_s: float = 0.0, most_s: float | None = None) -> np.ndarray:
     """Samples of a clean sound, float32 at `rate` per second, channels mixed; from `start_s` on, at most `most_s` seconds."""
     import numpy as np
+    import soxr
 
     with opened(column, sound) as file:
-        found = file.samplerate
-        if start_s > 0:
-            file.seek(min(file.frames, round(start_s * found)))
-        samples = _read(column, sound, file, -1 if most_s is None else round(most_s * found)).mean(axis=1)
-    if found != rate:
-        import soxr
-
-        samples = soxr.resample(samples, found, rate)
-    samples = np.asarray(samples, dtype=np.float32)
+        file.seek(min(file.frames, round(start_s * file.samplerate)))
+        wanted = file.frames - file.tell()
+        blocks = _blocks(column, sound, file, wanted if most_s is None else min(wanted, round(most_s * file.samplerate)))
+        if file.samplerate == rate:
+            parts = list(blocks)
+        else:
+            stream = soxr.ResampleStream(file.samplerate, rate, 1, dtype="float32")
+            parts = [stream.resample_chunk(block) for block in blocks]
+            parts.append(stream.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
+    samples = np.concatenate([np.zeros(0, dtype=np.float32), *parts])
     shortest = round(SHORTEST_S * rate)
     return samples if len(samples) >= shortest else np.pad(samples, (0, shortest - len(samples)))
 
@@ -265,18 +265,23 @@ def _content(column: str, sound: str) -> bytes:
         return stream.read()
 
 
-def _read(column: str, sound: str, file: Any, frames: int) -> np.ndarray:
-    """(frames, channels) float32."""
+def _blocks(column: str, sound: str, file: Any, frames: int) -> Iterator[np.ndarray]:
+    """The next `frames` of a file, or fewer where it ends: float32, channels mixed, a block after the other."""
     import numpy as np
     import soundfile
 
-    try:
-        samples = file.read(frames, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise RowError(column, EXPECTED, f"{shown(sound)} ({_reason(error)})") from None
-    if not np.isfinite(samples).all():
-        raise RowError(column, "a sound of finite numbers", f"{shown(sound)}, which has NaN or infinite samples")
-    return samples
+    most = max(1, BLOCK // file.channels)
+    while frames > 0:
+        try:
+            samples = file.read(min(frames, most), dtype="float32", always_2d=True).mean(axis=1)
+        except (soundfile.LibsndfileError, OSError) as error:
+            raise RowError(column, EXPECTED, f"{shown(sound)} ({_reason(error)})") from None
+        if not len(samples):
+            return
+        if not np.isfinite(samples).all():
+            raise RowError(column, "a sound of finite numbers", f"{shown(sound)}, which has NaN or infinite samples")
+        frames -= len(samples)
+        yield samples
 
 
 def _check_length(column: str, file: Any, longest_s: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 _DEFAULTS = ("wer", "cer")
 _METRICS = (*_DEFAULTS, "substitutions", "deletions", "insertions")
 _CHUNK_S = 30.0
+
+log = logging.getLogger(__name__)
 
 
 class TranscriptionParameters(Parameters):
@@ -122,9 +125,11 @@ class SpeechRecognition(Task):
         return [self._encode(row, processor, None) for row in rows]
 
     def encode_to_train(self, rows: Sequence[Row], processor: SoundProcessor, seeds: Sequence[int]) -> list[list[Example]]:
+        """As `encode`; of a sound that is not learnt from only the beginning goes through the model."""
         import numpy as np
 
-        return [self._encode(row, processor, np.random.default_rng(seed)) for row, seed in zip(rows, seeds, strict=True)]
+        pairs = zip(rows, seeds, strict=True)
+        return [self._encode(row, processor, np.random.default_rng(seed))[:1] for row, seed in pairs]
 
     def _encode(self, row: Row, processor: SoundProcessor, rng: np.random.Generator | None) -> list[Example]:
         rate = processor.rate
@@ -231,6 +236,14 @@ class SpeechRecognition(Task):
             return sound_models.shorten(model, self.chunk_length_s or _CHUNK_S)
         if processor is not None:
             config.vocab_size, config.pad_token_id = len(processor.pieces()), processor.tokenizer.pad_token_id
+            known = processor.tokenizer.get_vocab()
+            if lacking := [sign for sign in self.characters or () if processor.cased(sign) not in known]:
+                log.warning(
+                    "The vocabulary of %s lacks characters of the training rows, so the model can't write them: %s. "
+                    "With task.vocabulary: data it learns a vocabulary of its own.",
+                    base,
+                    " ".join(lacking),
+                )
         return sound_models.steady(AutoModelForCTC.from_pretrained(base, config=config, ignore_mismatched_sizes=True, **options))
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Any], *, label_smoothing: float = 0.0) -> tuple[torch.Tensor, float]:
