@@ -57,9 +57,12 @@ class DataSection(Schema):
     split: SplitSection = SplitSection()
     columns: dict[str, str] = {}
     """Role -> column of the files, for example {text: review, label: stars}; a role not named is its own column."""
-    format: Literal["csv", "tsv", "jsonl", "json", "parquet", "arrow", "folder", "librispeech"] | None = None
-    """None: by the ending of the file. `folder`: texts, images or sounds, one folder per class. `librispeech`: SPEAKER/CHAPTER/ with
-    transcripts in .trans.txt files beside the sounds."""
+    format: Literal["csv", "tsv", "jsonl", "json", "parquet", "arrow", "folder", "coco", "yolo", "librispeech"] | None = None
+    """None: by the ending of the file. `folder`: texts, images or sounds, one folder per class. `coco`: COCO's JSON of images and boxes.
+    `yolo`: a folder with images/ and labels/, and the classes in data.yaml. `librispeech`: SPEAKER/CHAPTER/ with transcripts in .trans.txt
+    files beside the sounds."""
+    images: str | None = None
+    """coco: the folder of the images, relative to the file; not set: beside the file, or images/ or the split's name beside it or above."""
     delimiter: str | None = None
     """Between the fields of a line; not set: comma for csv, tab for tsv."""
     header: bool = True

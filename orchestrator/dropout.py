@@ -77,6 +77,16 @@ class RowDropout(torch.nn.Module):
         return input * kept * (65536 / (65536 - quantum))
 
 
+class RowDropPath(RowDropout):
+    """Takes the place of a model's stochastic depth (Huang et al. 2016, arXiv 1603.09382), which drops a layer's whole output of a row."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return input
+        rows = input.new_ones(len(input), 1, dtype=torch.float32)
+        return input * super().forward(rows).to(input.dtype).view(-1, *[1] * (input.dim() - 1))
+
+
 @contextmanager
 def row_keyed(model: torch.nn.Module, seed: int) -> Iterator[Keys]:
     """Inside, the dropout of `model` is keyed by row and attention dropout is off; after, the model is as it was."""
@@ -90,6 +100,10 @@ def row_keyed(model: torch.nn.Module, seed: int) -> Iterator[Keys]:
                 if type(child) is torch.nn.Dropout and child.p > 0:
                     replaced.append((parent, name, child))
                     setattr(parent, name, RowDropout(child.p, keys.layers, keys).train(child.training))
+                    keys.layers += 1
+                elif type(child).__name__.endswith("DropPath") and (getattr(child, "drop_prob", None) or 0.0) > 0:
+                    replaced.append((parent, name, child))
+                    setattr(parent, name, RowDropPath(child.drop_prob, keys.layers, keys).train(child.training))  # pyright: ignore[reportArgumentType]
                     keys.layers += 1
             if "attention" in type(parent).__name__.lower():
                 for name in _ATTENTION_RATES:

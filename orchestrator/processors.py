@@ -30,6 +30,8 @@ def load(base: str, modality: str, trust_remote_code: bool = False, revision: st
     except KeyError:
         raise ValueError(f"no processor for the modality {modality!r}") from None
     options = {"revision": revision} if revision else {}
+    if modality == "image":
+        options["backend"] = "pil"  # The same numbers wherever it runs: torchvision, where there is one, resizes otherwise.
     try:
         processor = auto.from_pretrained(base, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:

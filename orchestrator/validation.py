@@ -28,6 +28,7 @@ class Validation:
     ):
         self._task, self._processor, self._rows = task, processor, rows
         self._precision, self._tokens, self._wanted = precision, tokens, wanted
+        self._media = {role for role, column in task.columns().items() if column.kind in ("image", "audio")}
 
     def __call__(self, model: Any) -> dict[str, float]:
         import torch.distributed as dist
@@ -39,7 +40,11 @@ class Validation:
             for infer in (True, False):
                 some = [entry for entry in chunk if (most is None or entry[0] < most) == infer]
                 found = iter(self._forward(model, [example for _, _, its in some for example in its], losses, infer))
-                answers += [(position, row, self._task.decode(row, [next(found) for _ in its])) for position, row, its in some if infer]
+                answers += [
+                    (position, self._scored(row), self._task.decode(row, [next(found) for _ in its]))
+                    for position, row, its in some
+                    if infer
+                ]
         part = (answers, losses.total, losses.items)
         if not (dist.is_initialized() and dist.get_world_size() > 1):
             return self._score([part])
@@ -49,6 +54,10 @@ class Validation:
         answer: list[Any] = [self._score(parts) if parts else None]
         dist.broadcast_object_list(answer, src=0)
         return answer[0]
+
+    def _scored(self, row: Row) -> Row:
+        """What a score asks of a row: not the image or sound, whose bytes may be in it."""
+        return {role: value for role, value in row.items() if role not in self._media}
 
     def _forward(self, model: Any, examples: Sequence[Example], losses: predictor.Losses, infer: bool) -> list[Any]:
         return predictor.forward(

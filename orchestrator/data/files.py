@@ -222,6 +222,8 @@ def _found(section: DataSection, where: str, prefix: str, info: pafs.FileInfo) -
     name = posixpath.basename(info.path)
     kind, compression = _kind(name)
     kind = section.format or kind
+    if kind == "yolo" and media_kind(name) != "image":
+        raise InputError(f"{where}: {info.path!r} is no image; format yolo needs images, or the folder that has them in images/.")
     if kind == "folder":
         raise InputError(
             f"{where}: {info.path!r} is a file; format folder needs a folder that has one folder of texts, images or sounds for each class."
@@ -252,6 +254,8 @@ def _folder(section: DataSection, split: str, filesystem: pafs.FileSystem, prefi
     listed = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
     files = [info for info in listed if info.type == pafs.FileType.File and not _hidden(_relative(info.path, path))]
     files.sort(key=lambda info: info.path)
+    if section.format == "yolo":
+        return _yolo(where, split, prefix, path, files)
     if section.format in (None, "librispeech") and (found := [info for info in files if info.base_name.endswith(TRANSCRIPTS)]):
         return [_Found(prefix + info.path, info.path, info.size, info.mtime_ns, "librispeech", None) for info in found]
     if section.format == "librispeech":
@@ -304,6 +308,18 @@ def _metadata(section: DataSection, files: Sequence[pafs.FileInfo]) -> list[pafs
     if not tables or not others or any(media_kind(info.base_name) not in ("image", "audio") for info in others):
         return []
     return tables
+
+
+def _yolo(where: str, split: str, prefix: str, path: str, files: Sequence[pafs.FileInfo]) -> list[_Found]:
+    """The images of a folder; of one that has images/ (with a folder for each split in it, perhaps) those in there."""
+    images = {_relative(info.path, path): info for info in files if media_kind(info.base_name) == "image"}
+    for inner in [*(f"images/{name}/" for name in SPLIT_NAMES[split]), "images/"]:
+        if some := {name: info for name, info in images.items() if name.startswith(inner)}:
+            images = some
+            break
+    if not images:
+        raise InputError(f"{where}: there is no image in {path!r}; format yolo needs images in images/, and their boxes in labels/.")
+    return [_Found(prefix + info.path, info.path, info.size, info.mtime_ns, "yolo", None) for info in images.values()]
 
 
 def media_kind(name: str) -> str | None:

@@ -16,6 +16,14 @@ REMEMBERED_FROM = 64_000_000
 
 def content(file: SourceFile) -> str:
     """SHA-256 of a local file; of size and time of change for one on a store, which isn't read for this."""
+    if file.format == "yolo":
+        from orchestrator.data import yolo
+
+        return f"{_content(file)}+{hashlib.sha256(yolo.about(file).encode()).hexdigest()}"
+    return _content(file)
+
+
+def _content(file: SourceFile) -> str:
     if not file.is_local:
         return f"{file.size}@{file.modified_ns}"
     status = Path(file.uri).stat()

@@ -257,6 +257,27 @@ def _librispeech(file: SourceFile, section: DataSection, columns: list[str] | No
         yield number, values if columns is None else {name: value for name, value in values.items() if name in columns}
 
 
+def _coco(file: SourceFile, section: DataSection, columns: list[str] | None, required: Sequence[str]) -> Iterator[Record]:
+    """COCO's JSON: an image with its boxes is a row."""
+    from orchestrator.data import coco
+
+    yield from _chosen(file, coco.rows(file, section), columns, required)
+
+
+def _yolo(file: SourceFile, section: DataSection, columns: list[str] | None, required: Sequence[str]) -> Iterator[Record]:
+    """An image with the boxes of its text file: one row."""
+    from orchestrator.data import yolo
+
+    yield from _chosen(file, yolo.rows(file), columns, required)
+
+
+def _chosen(file: SourceFile, found: Iterator[Record], columns: list[str] | None, required: Sequence[str]) -> Iterator[Record]:
+    for number, values in found:
+        if isinstance(values, dict):
+            _require(file, required, list(values))
+        yield number, values if isinstance(values, BadRow) else _object(values, columns)
+
+
 # ---- tables --------------------------------------------------------------------------------------------------
 def _parquet(file: SourceFile, section: DataSection, columns: list[str] | None, required: Sequence[str]) -> Iterator[Record]:
     import pyarrow.parquet as pq
@@ -332,5 +353,7 @@ _READERS: dict[str, Callable[[SourceFile, DataSection, list[str] | None, Sequenc
     "parquet": _parquet,
     "arrow": _arrow,
     "folder": _of_class,
+    "coco": _coco,
+    "yolo": _yolo,
     "librispeech": _librispeech,
 }

@@ -51,7 +51,7 @@ class Resident:
                 continue
             table = encoding.read(0, file, 0, total)
             first = len(made.row_ids)
-            made.lengths[first : first + count] = lengths(table)
+            made.lengths[first : first + count] = lengths(table, encoding.task)
             for low in range(0, count, made.rows_at_once):
                 encoded = encoding.encode(table.slice(low, made.rows_at_once), with_rows)
                 size += encoded.nbytes

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 
 from orchestrator.errors import StageError
 from orchestrator.storage import Folder
-from orchestrator.tasks.base import Example, Row, Task
+from orchestrator.tasks.base import PARTNER, Example, Row, Task
 
 if TYPE_CHECKING:
     from orchestrator.loop import Share
@@ -45,6 +45,8 @@ LEG = 512
 """Files in one pipeline; a longer run is several pipelines, one after the other."""
 OBJECT_STORE = 192 * 2**20
 """Bytes of encoded rows that a worker's pipeline keeps ready."""
+KEEP_BYTES = 512 * 2**20
+"""Of encoded rows of a split that is not trained on, which a worker keeps in memory; a larger one is streamed each time."""
 PATIENCE_S = 1800.0
 """How long a worker waits for the next rows before it says so."""
 
@@ -198,7 +200,7 @@ class Encoding:
             )
         if self.global_batch:
             plan = self.plan(epoch)
-            positions = plan.positions(file, lengths(table) if self.group_by_length else None)
+            positions = plan.positions(file, lengths(table, self.task) if self.group_by_length else None)
             mine = plan.mine(positions, self.rank, self.world)
         else:
             positions = sum(self.counts[:file]) + np.arange(len(table))
@@ -206,12 +208,16 @@ class Encoding:
         mine &= (positions >= start) & (positions < stop)
         taken = np.flatnonzero(mine)
         taken = taken[np.argsort(positions[taken])]
-        return table.take(pa.array(taken)).append_column("_position", pa.array(positions[taken]))
+        rows = table.take(pa.array(taken))
+        if self.global_batch and self.task.mixes:
+            others = table.take(pa.array(partners(len(table), [self.seed, epoch, file])[taken]))
+            rows = rows.append_column(PARTNER, others.to_struct_array())
+        return rows.append_column("_position", pa.array(positions[taken]))
 
     def encode(self, table: pa.Table, with_rows: bool, epoch: int = 0) -> pa.Table:
         """Columns row_id, position and examples (pickled: cheap for ragged token lists), and the rows themselves if wanted."""
         rows: list[Row] = table.drop_columns([name for name in ("_position", "_row") if name in table.column_names]).to_pylist()
-        rows = [{role: value for role, value in row.items() if value is not None} for row in rows]
+        rows = [_present(row) for row in rows]
         if self.global_batch:
             seeds = row_seeds(self.seed, epoch, [row["row_id"] for row in rows])
             examples = self.task.encode_to_train(rows, _processor(self.processor), seeds)
@@ -227,6 +233,19 @@ class Encoding:
         return pa.table(columns)
 
 
+def _present(row: Row) -> Row:
+    """Without what is null, in its partner neither."""
+    return {role: _present(value) if role == PARTNER else value for role, value in row.items() if value is not None}
+
+
+def partners(count: int, seed: Sequence[int]) -> np.ndarray:
+    """For each of `count` rows another one, and each the partner of one: neighbours in a circle of random order."""
+    circle = np.random.default_rng([*seed, 1]).permutation(count)
+    others = np.empty(count, dtype=np.int64)
+    others[circle] = np.roll(circle, 1)
+    return others
+
+
 def row_seeds(seed: int, epoch: int, row_ids: Sequence[str]) -> list[int]:
     """What is random about a row in an epoch is drawn from: 64 bits, the same wherever the row is encoded."""
     return [int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}/{row_id}".encode(), digest_size=8).digest(), "little") for row_id in row_ids]
@@ -238,11 +257,17 @@ def _processor(pickled: bytes) -> Any:
     return pickle.loads(pickled)
 
 
-def lengths(table: pa.Table) -> np.ndarray:
-    """A cheap measure of each row: bytes of its texts (a token is about as many bytes in any script)."""
+def lengths(table: pa.Table, task: Task) -> np.ndarray:
+    """A cheap measure of each row: bytes of its texts (a token is about as many bytes in any script).
+
+    A label says nothing of it, and neither does the size of an image's file: rows sorted by these would come in batches of one class.
+    """
     total = np.zeros(len(table), dtype=np.int64)
+    columns = task.columns()
     for field in table.schema:
-        if field.name != "row_id" and (pa.types.is_string(field.type) or pa.types.is_large_string(field.type)):
+        if field.name not in columns or columns[field.name].kind in ("image", "label"):
+            continue
+        if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
             total += pc.fill_null(pc.call_function("binary_length", [table[field.name]]), 0).to_numpy().astype(np.int64)
     return total
 
@@ -445,7 +470,7 @@ class SplitRows:
     """One worker's rows of a split that is not trained on, encoded: every `world`-th row, in the order of the files.
 
     Iterating gives chunks of (position, row, examples). They are encoded once and kept where the split has at most
-    `keep_rows` rows, else streamed again each time.
+    `keep_rows` rows and their examples fit into `KEEP_BYTES`, else streamed again each time.
     """
 
     def __init__(self, encoding: Encoding, *, tasks: int = 1, cpus: float = 0, keep_rows: int = 200_000):
@@ -459,6 +484,7 @@ class SplitRows:
             yield from self._kept
             return
         kept: list[list[tuple[int, Row, list[Example]]]] = []
+        size = 0
         parts = [Part(0, file, 0, self.rows) for file, count in enumerate(self._encoding.counts) if count]
         feed = Feed(
             pipeline(self._encoding, parts, tasks=self._tasks, cpus=self._cpus, object_store=OBJECT_STORE // 2, with_rows=True),
@@ -466,6 +492,9 @@ class SplitRows:
         )
         try:
             for table in feed:
+                size += table.nbytes
+                if self._keep and size > KEEP_BYTES:
+                    self._keep, kept = False, []
                 chunk = [
                     (position, pickle.loads(row), [_without_truncated(example) for example in pickle.loads(examples)])
                     for position, row, examples in zip(

@@ -9,9 +9,11 @@ from orchestrator.errors import InputError, did_you_mean
 from orchestrator.tasks.base import Task
 
 TASKS: dict[str, str] = {
-    "text-classification": "orchestrator.tasks.text_classification:TextClassification",
-    "speech-recognition": "orchestrator.tasks.speech_recognition:SpeechRecognition",
     "audio-classification": "orchestrator.tasks.audio_classification:AudioClassification",
+    "image-classification": "orchestrator.tasks.image_classification:ImageClassification",
+    "object-detection": "orchestrator.tasks.object_detection:ObjectDetection",
+    "speech-recognition": "orchestrator.tasks.speech_recognition:SpeechRecognition",
+    "text-classification": "orchestrator.tasks.text_classification:TextClassification",
 }
 
 

@@ -13,7 +13,7 @@ from orchestrator.tasks import labels as label_rules
 from orchestrator.tasks import sounds
 from orchestrator.tasks.base import Column, Example, Observation, Parameters, Prediction, Row, RowError, Task, largest_difference
 from orchestrator.tasks.classification_scores import applied
-from orchestrator.tasks.sound_augmentation import Augmentation
+from orchestrator.tasks.sound_augmentation import SoundAugment
 from orchestrator.tasks.sound_processor import SoundProcessor, of_base
 
 if TYPE_CHECKING:
@@ -40,14 +40,14 @@ class AudioClassification(Task):
     labels: Annotated[tuple[str, ...] | None, BeforeValidator(label_rules.label_names)] = None
     """Label names in the order of the model's outputs; None: those of the training rows, numbers by size, names sorted."""
     max_length_s: Annotated[float, Field(ge=0.1, le=3600)] = 10.0
-    """Seconds that are heard of a sound, from its beginning (while training with augmentation from anywhere in it); the share of longer ones is reported.
+    """Seconds that are heard of a sound, from its beginning (while training with `augment` from anywhere in it); the share of longer ones is reported.
     Whisper pads all to this length, at most 30."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: rare labels count more in the loss, in inverse proportion to their rows."""
     weights: tuple[float, ...] | None = None
     """Weight of each label in the loss; set from the training rows when `class_weights` is balanced."""
-    augmentation: Augmentation | None = None
-    """How training sounds are changed at random; None: not at all."""
+    augment: SoundAugment = SoundAugment()
+    """What is done to training sounds at random: {speed: 0.1, gain_db: 6, noise_snr_db: [10, 40]}; nothing by default."""
 
     @field_validator("labels")
     @classmethod
@@ -97,7 +97,7 @@ class AudioClassification(Task):
     # ---- tensors ---------------------------------------------------------------------------------------------
     @property
     def augments(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.augmentation is not None
+        return bool(self.augment)
 
     def encode(self, rows: Sequence[Row], processor: SoundProcessor) -> list[list[Example]]:
         """Each row is one example, cut at the limit; `truncated` says whether it was."""
@@ -111,13 +111,13 @@ class AudioClassification(Task):
     def _encode(self, row: Row, processor: SoundProcessor, rng: np.random.Generator | None) -> Example:
         most, start = processor.window_s or self.max_length_s, 0.0
         beyond = sounds.seconds("audio", row["audio"]) - most
-        if rng is not None and self.augmentation is not None and beyond > 0:
+        if rng is not None and self.augment and beyond > 0:
             start = float(rng.uniform(0, beyond))
         samples = sounds.load("audio", row["audio"], processor.rate, start_s=start, most_s=most)
-        if rng is not None and self.augmentation is not None:
+        if rng is not None and self.augment:
             limit = round(most * processor.rate)
-            samples = self.augmentation.of_samples(samples, processor.rate, rng)[:limit]
-        example = processor.encode(samples, self.augmentation, rng)
+            samples = self.augment.of_samples(samples, processor.rate, rng)[:limit]
+        example = processor.encode(samples, self.augment, rng)
         if "label" in row:
             places = {name: place for place, name in enumerate(self._names)}
             if row["label"] not in places:

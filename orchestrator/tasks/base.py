@@ -22,6 +22,9 @@ from orchestrator.schema import Schema
 if TYPE_CHECKING:
     import torch
 
+PARTNER = "_partner"
+"""Where a row to train on carries another one, for a task that `mixes`."""
+
 Row = dict[str, Any]
 Example = dict[str, Any]
 Prediction = dict[str, Any]
@@ -65,6 +68,11 @@ class Task(Schema):
     """Rows that are encoded and predicted together: fewer where an encoded row is large."""
     augments: ClassVar[bool] = False
     """Whether `encode_to_train` differs from `encode`, so that each epoch encodes anew."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether `encode_to_train` is to find another row of the same file in `row[PARTNER]`: one drawn anew in each epoch."""
+        return False
 
     @property
     def key(self) -> str:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 Amount = Annotated[float, Field(ge=0)]
 
 
-class Augmentation(Schema):
-    """How far a sound may be changed; 0 or nothing: not at all."""
+class SoundAugment(Schema):
+    """How far a sound may be changed; nothing by default."""
 
     speed: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Faster or slower by up to this share, the pitch with it (Ko et al. 2015); 0.1 is usual."""
@@ -39,10 +39,13 @@ class Augmentation(Schema):
     """Widest of them, as a share of the spectrogram."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> Augmentation:
+    def _ordered(self) -> SoundAugment:
         if self.noise_snr_db is not None and self.noise_snr_db[0] > self.noise_snr_db[1]:
             raise ValueError("noise_snr_db is [least, most]; the first must not be above the second")
         return self
+
+    def __bool__(self) -> bool:
+        return self != type(self)()
 
     def of_samples(self, samples: np.ndarray, rate: int, rng: np.random.Generator, *, most: int | None = None) -> np.ndarray:
         """The changed sound, float32; no longer than `most` samples, where it was not before (a slower speed is left out then)."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.errors import InputError
 from orchestrator.tasks.base import Example
-from orchestrator.tasks.sound_augmentation import Augmentation
+from orchestrator.tasks.sound_augmentation import SoundAugment
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,15 +68,15 @@ class SoundProcessor:
         facts = {"family": self.family, "alone": self.alone, "multilingual": self.multilingual, "window_s": self.window_s}
         (Path(folder) / FACTS).write_text(json.dumps(facts))
 
-    def encode(self, samples: np.ndarray, augmentation: Augmentation | None = None, rng: np.random.Generator | None = None) -> Example:
+    def encode(self, samples: np.ndarray, augment: SoundAugment | None = None, rng: np.random.Generator | None = None) -> Example:
         """The input of the model for one sound (float32 samples at `rate`), and `length` in tokens of a budget."""
         import numpy as np
 
         given = self.features(samples, sampling_rate=self.rate, return_tensors="np")
         values = np.asarray(given[self.input_name][0], dtype=np.float32)
-        if augmentation is not None and rng is not None and values.ndim == 2:
+        if augment is not None and rng is not None and values.ndim == 2:
             # Whisper's is (bins, frames), those of all others (frames, bins).
-            values = augmentation.of_spectrogram(values, rng, axis=1 if self.window_s is None else 0)
+            values = augment.of_spectrogram(values, rng, axis=1 if self.window_s is None else 0)
         length = -(-len(values) // SAMPLES_PER_TOKEN) if values.ndim == 1 else max(values.shape) // 2
         return {self.input_name: values, "length": ALONE if self.alone else length}
 

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from orchestrator.errors import InputError, did_you_mean
 from orchestrator.tasks import sounds, transcripts
 from orchestrator.tasks.base import Column, Example, Observation, Parameters, Prediction, Row, Task
-from orchestrator.tasks.sound_augmentation import Augmentation
+from orchestrator.tasks.sound_augmentation import SoundAugment
 from orchestrator.tasks.sound_processor import SoundProcessor, has_tokenizer, is_bundled, is_multilingual, of_base
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class SpeechRecognition(Task):
     """Whisper: beams of the search for the likeliest transcript; 1: greedy."""
     max_predicted_rows: Annotated[int, Field(gt=0)] | None = 1000
     """Rows of a split that are transcribed for its scores; None: all. The loss is of all rows."""
-    augmentation: Augmentation | None = None
-    """How training sounds are changed at random; None: not at all."""
+    augment: SoundAugment = SoundAugment()
+    """What is done to training sounds at random: {speed: 0.1, gain_db: 6, noise_snr_db: [10, 40]}; nothing by default."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -118,7 +118,7 @@ class SpeechRecognition(Task):
     # ---- tensors ---------------------------------------------------------------------------------------------
     @property
     def augments(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.augmentation is not None
+        return bool(self.augment)
 
     def encode(self, rows: Sequence[Row], processor: SoundProcessor) -> list[list[Example]]:
         """An example for each chunk of a row's sound; `labels` where the whole sound is one chunk."""
@@ -136,12 +136,12 @@ class SpeechRecognition(Task):
         heard = processor.window_s or self.chunk_length_s or _CHUNK_S
         samples = sounds.load("audio", row["audio"], rate)
         whole = len(samples) <= round(heard * rate)
-        if rng is not None and self.augmentation is not None:
-            samples = self.augmentation.of_samples(samples, rate, rng, most=round(heard * rate) if whole else None)
+        if rng is not None and self.augment:
+            samples = self.augment.of_samples(samples, rate, rng, most=round(heard * rate) if whole else None)
         overlap = min(self.chunk_overlap_s or heard / 6, heard / 2)
         examples = []
         for start, piece in sounds.windows(samples, rate, heard, overlap):
-            example = processor.encode(piece, self.augmentation, rng)
+            example = processor.encode(piece, self.augment, rng)
             example["span"] = (start, start + len(piece) / rate)
             if row.get("return_timestamps"):
                 example["timestamps"] = True

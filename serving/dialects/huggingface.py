@@ -6,12 +6,14 @@ is the task's.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from orchestrator.errors import InputError, did_you_mean
+from orchestrator.tasks.base import Row
 from serving.dialects import Model, Route
 from serving.problem import Problem, wrong_input
 
@@ -66,7 +68,7 @@ async def _answer(model: Model, request: Request) -> Response:
         if isinstance(given, dict):  # Some of Hugging Face's clients write a task's parameters beside `inputs`.
             given = {**beside, **given}
         parameters = model.task.parameters.parse(given, "parameters")
-        rows = model.task.rows_from(inputs, parameters)
+        rows = await _rows(model, inputs, parameters)
     except InputError as error:
         raise wrong_input(error) from None
     answer = await model.predict(request, rows)
@@ -76,6 +78,13 @@ async def _answer(model: Model, request: Request) -> Response:
     if ignored:
         response.headers["X-Ignored-Keys"] = ", ".join(key for key in ignored if key.isascii() and key.isprintable())
     return response
+
+
+async def _rows(model: Model, inputs: Any, parameters: Any) -> list[Row]:
+    """Images and sounds are decoded to see that they are some, which takes too long for the event loop."""
+    if model.task.modality == "text":
+        return model.task.rows_from(inputs, parameters)
+    return await asyncio.to_thread(model.task.rows_from, inputs, parameters)
 
 
 def _is_media(model: Model, request: Request) -> bool:

@@ -12,7 +12,7 @@ from orchestrator.errors import InputError
 from orchestrator.tasks import create
 from tests.fixtures import tiny_sounds
 from tests.fixtures.tones import data_uri, wav, whistle
-from tests.unit.sounds_endpoint import served
+from tests.unit import live
 
 ROWS = [{"audio": data_uri(text), "label": label} for text, label in (("aaa", "low"), ("zzz", "high"), ("zyz", "high"), ("aba", "low"))]
 
@@ -43,7 +43,7 @@ def test_what_is_beyond_the_limit_is_not_heard(tmp_path: Path) -> None:
     assert [example["truncated"] for example in examples] == [False, True, True]
     assert len(examples[1]["input_values"]) == 1600
     assert np.array_equal(examples[1]["input_values"], made.encode([long], processor)[0][0]["input_values"])
-    changed = fitted(max_length_s=0.2, augmentation={"gain_db": 1})
+    changed = fitted(max_length_s=0.2, augment={"gain_db": 1})
     heard = [its[0]["input_values"] for its in changed.encode_to_train([long] * 4, processor, [1, 1, 2, 3])]
     assert np.array_equal(heard[0], heard[1]) and not np.array_equal(heard[0], heard[2])
     assert all(len(one) == 1600 for one in heard)
@@ -113,7 +113,7 @@ def test_the_clients_of_hugging_face_are_answered(tmp_path: Path) -> None:
         def decode(self, row: Any, outputs: Any) -> dict[str, Any]:
             return made.decode(row, outputs)
 
-    with served(Engine()) as url:
+    with live.endpoint(Engine()) as url:
         client = InferenceClient(model=url, token="none")
         every = client.audio_classification(wav(whistle("zz")))
         assert [one.label for one in every] == ["high", "low"] and sum(one.score for one in every) == pytest.approx(1)

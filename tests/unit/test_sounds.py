@@ -16,7 +16,7 @@ from orchestrator.data.readers import BadRow
 from orchestrator.errors import InputError
 from orchestrator.tasks import sounds
 from orchestrator.tasks.base import RowError
-from orchestrator.tasks.sound_augmentation import Augmentation
+from orchestrator.tasks.sound_augmentation import SoundAugment
 from tests.fixtures.tones import wav, whistle
 
 SOUND = whistle("cab bad")
@@ -154,16 +154,16 @@ ALL = {"speed": 0.1, "shift_s": 0.05, "gain_db": 6, "noise_snr_db": [10, 30], "t
 
 
 def test_what_is_drawn_depends_on_the_seed_alone() -> None:
-    change = Augmentation.parse(ALL)
+    change = SoundAugment.parse(ALL)
     one, same, other = (change.of_samples(SOUND, 8000, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert np.array_equal(one, same) and one.dtype == np.float32
     assert len(one) != len(other) or not np.array_equal(one, other)
-    assert np.array_equal(Augmentation().of_samples(SOUND, 8000, np.random.default_rng(1)), SOUND)
+    assert np.array_equal(SoundAugment().of_samples(SOUND, 8000, np.random.default_rng(1)), SOUND)
 
 
 @pytest.mark.parametrize("name", ["shift_s", "gain_db", "noise_snr_db", "time_masks", "speed"])
 def test_each_change_does_what_it_says(name: str) -> None:
-    change = Augmentation.parse({name: ALL[name]} | ({"time_mask_s": 0.2} if name == "time_masks" else {}))
+    change = SoundAugment.parse({name: ALL[name]} | ({"time_mask_s": 0.2} if name == "time_masks" else {}))
     for seed in range(20):
         found = change.of_samples(SOUND, 8000, np.random.default_rng(seed))
         assert np.isfinite(found).all() and found.dtype == np.float32
@@ -183,7 +183,7 @@ def test_each_change_does_what_it_says(name: str) -> None:
 
 def test_bands_of_a_spectrogram_are_blanked_out() -> None:
     spectrogram = np.random.default_rng(0).normal(size=(40, 100)).astype(np.float32)
-    found = Augmentation.parse({"frequency_masks": 2, "frequency_mask_share": 0.5}).of_spectrogram(
+    found = SoundAugment.parse({"frequency_masks": 2, "frequency_mask_share": 0.5}).of_spectrogram(
         spectrogram, np.random.default_rng(3), axis=0
     )
     changed = (found != spectrogram).any(axis=1)
@@ -192,7 +192,7 @@ def test_bands_of_a_spectrogram_are_blanked_out() -> None:
 
 def test_a_range_the_wrong_way_round_is_refused() -> None:
     with pytest.raises(InputError, match="must not be above"):
-        Augmentation.parse({"noise_snr_db": [30, 10]})
+        SoundAugment.parse({"noise_snr_db": [30, 10]})
 
 
 # ---- where sounds stand in data ------------------------------------------------------------------------------

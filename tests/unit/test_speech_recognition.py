@@ -76,7 +76,7 @@ def test_characters_that_no_training_row_has_are_counted() -> None:
     [
         ({"chunk_length_s": 4, "chunk_overlap_s": 3}, "at most half"),
         ({"characters": ["ab"]}, "single ones"),
-        ({"augmentation": {"sped": 1}}, "speed"),
+        ({"augment": {"sped": 1}}, "speed"),
         ({"num_beams": 0}, "num_beams"),
     ],
 )
@@ -204,7 +204,7 @@ def test_timestamps_are_asked_for_by_row(tmp_path: Path) -> None:
 
 
 def test_training_sounds_are_changed_by_seed_and_others_are_not(tmp_path: Path) -> None:
-    made = fitted([row("cab bad")], augmentation={"gain_db": 6, "noise_snr_db": [5, 10], "frequency_masks": 1})
+    made = fitted([row("cab bad")], augment={"gain_db": 6, "noise_snr_db": [5, 10], "frequency_masks": 1})
     assert made.augments and not task().augments
     for base in (tiny_sounds.wave_base(tmp_path / "a"), tiny_sounds.whisper_base(tmp_path / "b")):
         processor = made.processor(base)
@@ -260,9 +260,9 @@ def test_a_long_sound_is_read_as_if_it_were_heard_at_once(reader: Any) -> None:
 
 @pytest.fixture(scope="module")
 def endpoint(reader: Any) -> Iterator[str]:
-    from tests.unit.sounds_endpoint import served
+    from tests.unit import live
 
-    with served(reader) as url:
+    with live.endpoint(reader) as url:
         yield url
 
 
