@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 INPUTS = ("input_values", "input_features")
 """What models call a sound: samples or a spectrogram."""
-MASKED = frozenset({"data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2", "wavlm"})
+MASKED = frozenset({"hubert", "unispeech", "unispeech-sat", "wav2vec2", "wavlm"})
 """Model types whose output for a sound does not change with padding, where the padding is masked and `steady` was called."""
 
 

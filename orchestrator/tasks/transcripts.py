@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PAUSE_S = 0.8
 """Silence between words from which on a CTC model's words are another segment."""
-SAME_WORD_S = 0.4
+SAME_WORD_S = 0.15
 """How far apart in time two stretches may place the same word, where times are measured."""
 _UNSPACED = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x3400, 0x9FFF), (0x20000, 0x323AF))
 """Thai, Lao, Burmese, Khmer, Japanese and Chinese, by code point."""
@@ -159,7 +159,7 @@ def merged(stretches: Sequence[np.ndarray]) -> list[Word]:
             continue
         before = stretches[place - 1]
         measured, start, end = bool(said[0, 0] and before[0, 0]), float(said[0, 1]), float(before[0, 2])
-        slack = SAME_WORD_S if measured else end - start
+        slack = SAME_WORD_S if measured else 2 * (end - start)  # Times spread evenly are wrong by as long as a stretch is silent.
         tail = next((index for index, word in enumerate(whole) if word.end > start - slack), len(whole))
         head = next((index for index, word in enumerate(new) if word.start > end + slack), len(new))
         first, second, length = _agreed(whole[tail:], new[:head], SAME_WORD_S if measured else slack)

@@ -85,7 +85,7 @@ def test_a_spectrogram_transformer_learns(tmp_path: Path) -> None:
         optimizer.zero_grad()
         (loss / items).backward()
         optimizer.step()
-    assert float(loss / items) < 0.1
+    assert loss.item() / items < 0.1
 
 
 def test_bases_that_do_not_fit_are_refused(tmp_path: Path) -> None:
