@@ -99,7 +99,7 @@ def _annotation(number: int, image: int, category: int, box: dict[str, float]) -
 def _index(annotations: list[dict[str, Any]], images: int, places: dict[str, int]) -> Any:
     from pycocotools.coco import COCO
 
-    coco = COCO()
+    coco: Any = COCO()
     coco.dataset = {
         "images": [{"id": number} for number in range(1, images + 1)],
         "categories": [{"id": place, "name": name} for name, place in places.items()],

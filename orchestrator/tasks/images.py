@@ -213,6 +213,9 @@ EXAMPLE = (
 """An image of 8 x 8 pixels, for the endpoint's pages."""
 
 
+_KINDS = {str: "an empty text", bytes: "an empty body", type(None): "null", dict: "an object", list: "a list", bool: "a boolean"}
+
+
 def rows_from(inputs: Any) -> list[Row]:
     """A row for each image that a client sent: raw bytes, base64, a `data:` URI, or a list of these."""
     if isinstance(inputs, list):
@@ -224,7 +227,7 @@ def rows_from(inputs: Any) -> list[Row]:
 
 def _row_from(item: Any, where: str) -> Row:
     if not isinstance(item, (str, bytes)) or not item:
-        kind = {str: "an empty text", bytes: "an empty body", type(None): "null"}.get(type(item), type(item).__name__)
+        kind = _KINDS.get(type(item), "a number")
         raise InputError(f"`{where}` is {kind}; it must be an image in base64, or the body the image itself.")
     content = item if isinstance(item, bytes) else _from_base64(_DATA.sub("", item, count=1))
     if content is None:

@@ -65,9 +65,9 @@ def endpoint(engine: Any) -> Iterator[str]:
             time.sleep(0.02)
         try:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(
-                    "huggingface_hub.utils._detect_agent._registry", {"standardEnvVars": [], "harnesses": {}}
-                )  # Else it is fetched.
+                nothing = {"standardEnvVars": [], "harnesses": {}}
+                patch.setattr("huggingface_hub.utils._detect_agent._registry", nothing)  # Else a client fetches it.
+                patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # It refuses this machine too.
                 yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
