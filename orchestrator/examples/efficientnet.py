@@ -27,10 +27,10 @@ GATE = 25.0
 def _config() -> Any:
     from transformers import EfficientNetConfig
 
-    settings: dict[str, Any] = dict(
-        width_coefficient=1.0, depth_coefficient=1.0, image_size=224, dropout_rate=0.2, hidden_dim=1280, hidden_act="relu6",
-        batch_norm_eps=1e-3, batch_norm_momentum=0.99, num_labels=1000,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "width_coefficient": 1.0, "depth_coefficient": 1.0, "image_size": 224, "dropout_rate": 0.2, "hidden_dim": 1280, "hidden_act": "relu6",
+        "batch_norm_eps": 1e-3, "batch_norm_momentum": 0.99, "num_labels": 1000,
+    }  # fmt: skip
     return EfficientNetConfig(**settings)
 
 
