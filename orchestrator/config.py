@@ -57,10 +57,12 @@ class DataSection(Schema):
     split: SplitSection = SplitSection()
     columns: dict[str, str] = {}
     """Role -> column of the files, for example {text: review, label: stars}; a role not named is its own column."""
-    format: Literal["csv", "tsv", "jsonl", "json", "squad", "text", "parquet", "arrow", "conll", "folder", "coco", "yolo"] | None = None
+    format: (
+        Literal["csv", "tsv", "jsonl", "json", "squad", "text", "parquet", "arrow", "conll", "folder", "coco", "yolo", "librispeech"] | None
+    ) = None
     """None: by the ending of the file. `folder`: texts, images or sounds, one folder per class; `squad`: questions in SQuAD's nested JSON
     (a .json file of that form is recognised); `text`: plain text, a paragraph a line; `coco`: COCO's JSON of images and boxes; `yolo`: a folder
-    with images/ and labels/, and the classes in data.yaml."""
+    with images/ and labels/, and the classes in data.yaml; `librispeech`: SPEAKER/CHAPTER/ with transcripts in .trans.txt files beside the sounds."""
     images: str | None = None
     """coco: the folder of the images, relative to the file; not set: beside the file, or images/ or the split's name beside it or above."""
     delimiter: str | None = None

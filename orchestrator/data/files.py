@@ -45,6 +45,10 @@ MEDIA = {
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 """What the splits of a saved `datasets.DatasetDict` are called."""
+TRANSCRIPTS = ".trans.txt"
+"""Ending of the files that have LibriSpeech's transcripts."""
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""Tables about the images or sounds that lie beside them, by the convention of `datasets`' ImageFolder and AudioFolder."""
 
 
 class SourceFile(Schema):
@@ -68,6 +72,11 @@ class SourceFile(Schema):
             return path
         folder = self.uri.rpartition("/")[0]
         return f"{folder}/{path}" if "://" in self.uri else os.path.normpath(f"{folder}/{path}")
+
+    def names_beside(self) -> list[str]:
+        """What else lies in its folder."""
+        filesystem, path = place(self.uri)
+        return [info.base_name for info in filesystem.get_file_info(pafs.FileSelector(posixpath.dirname(path)))]
 
     @property
     def is_local(self) -> bool:
@@ -249,6 +258,14 @@ def _folder(section: DataSection, split: str, filesystem: pafs.FileSystem, prefi
     files.sort(key=lambda info: info.path)
     if section.format == "yolo":
         return _yolo(where, split, prefix, path, files)
+    if section.format in (None, "librispeech") and (found := [info for info in files if info.base_name.endswith(TRANSCRIPTS)]):
+        return [_Found(prefix + info.path, info.path, info.size, info.mtime_ns, "librispeech", None) for info in found]
+    if section.format == "librispeech":
+        raise InputError(
+            f"{where}: there is no *{TRANSCRIPTS} in {asked!r}; format librispeech needs SPEAKER/CHAPTER/ with transcripts beside the sounds."
+        )
+    if found := _metadata(section, files):
+        return [_found(section, where, prefix, info) for info in found]
     kinds = {media_kind(info.base_name) for info in files}
     nested = all("/" in _relative(info.path, path) for info in files)
     if section.format == "folder" or (section.format is None and files and nested and None not in kinds):
@@ -284,6 +301,15 @@ def _folder(section: DataSection, split: str, filesystem: pafs.FileSystem, prefi
         hint = f"a glob such as {asked.rstrip('/')}/*{usual}" if usual else "the files, and their format with data.format"
         raise InputError(f"{where}: in the folder {asked!r}, {_relative(other[0].path, path)!r} has no known format; name {hint}.")
     return [_found(section, where, prefix, info) for info in files]
+
+
+def _metadata(section: DataSection, files: Sequence[pafs.FileInfo]) -> list[pafs.FileInfo]:
+    """The tables of a folder that has nothing else but images or sounds, to which their rows point; of one format where there are several."""
+    tables = [info for info in files if info.base_name.lower() in METADATA and section.format in (None, _kind(info.base_name)[0])]
+    others = [info for info in files if info.base_name.lower() not in METADATA]
+    if not tables or not others or any(media_kind(info.base_name) not in ("image", "audio") for info in others):
+        return []
+    return tables
 
 
 def _yolo(where: str, split: str, prefix: str, path: str, files: Sequence[pafs.FileInfo]) -> list[_Found]:

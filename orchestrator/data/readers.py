@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -261,6 +262,28 @@ def _conll(file: SourceFile, section: DataSection, columns: list[str] | None, re
     return conll.sentences(file, section, columns, required)
 
 
+def _librispeech(file: SourceFile, section: DataSection, columns: list[str] | None, required: Sequence[str]) -> Iterator[Record]:
+    """The transcripts of a chapter, `SPEAKER-CHAPTER-NUMBER TEXT` a line (Panayotov et al. 2015): each is a row, its sound lies beside."""
+    _require(file, required, ["audio", "text", "id", "speaker", "chapter"])
+    beside = {posixpath.splitext(name)[0]: name for name in file.names_beside() if media_kind(name) == "audio"}
+    for number, line in enumerate(lines(file, section), start=1):
+        utterance, _, text = line.strip().partition(" ")
+        if not utterance:
+            continue
+        if utterance not in beside:
+            yield number, BadRow("audio", f"the sound {utterance} (.flac, .wav, …) beside the file", "none")
+            continue
+        parts = utterance.split("-")
+        values = {
+            "audio": beside[utterance],
+            "text": text,
+            "id": utterance,
+            "speaker": parts[0],
+            "chapter": parts[1] if len(parts) > 1 else "",
+        }
+        yield number, values if columns is None else {name: value for name, value in values.items() if name in columns}
+
+
 def _coco(file: SourceFile, section: DataSection, columns: list[str] | None, required: Sequence[str]) -> Iterator[Record]:
     """COCO's JSON: an image with its boxes is a row."""
     from orchestrator.data import coco
@@ -362,4 +385,5 @@ _READERS: dict[str, Callable[[SourceFile, DataSection, list[str] | None, Sequenc
     "folder": _of_class,
     "coco": _coco,
     "yolo": _yolo,
+    "librispeech": _librispeech,
 }

