@@ -127,10 +127,9 @@ class _Held:
     all_bad: int = 0
 
     def __post_init__(self) -> None:
-        self.roles = list(self.reading.mapping)
         columns = self.reading.task.columns()
-        self.input_roles = [role for role in self.roles if not columns[role].target]
-        self.target_roles = [role for role in self.roles if columns[role].target]
+        self.input_roles = [role for role in columns if not columns[role].target]
+        self.target_roles = [role for role in columns if columns[role].target]
 
     @property
     def empty(self) -> bool:
@@ -162,7 +161,10 @@ class _Held:
 
     def _to_chunk(self) -> None:
         if self.pending:
-            columns = {role: _column(role, [row.get(role) for row in self.pending]) for role in self.roles}
+            # A task may clean what stands in some roles into others: two columns of spans into one of entities.
+            held = {role for row in self.pending for role in row}
+            roles = [role for role in self.reading.task.columns() if role in held or role in self.reading.mapping]
+            columns = {role: _column(role, [row.get(role) for row in self.pending]) for role in roles}
             seed = self.reading.section.split.seed
             self.chunks.append(
                 _Chunk(
@@ -231,10 +233,12 @@ def bucket_of(order: np.ndarray, buckets: int) -> np.ndarray:
 
 
 def _content(rows: Sequence[Row], roles: Sequence[str]) -> np.ndarray:
-    """Hashes of what stands in `roles`."""
-    if len(roles) == 1 and all(type(row.get(roles[0])) is str for row in rows):
-        return hashes([row[roles[0]] for row in rows], "content")
-    return hashes([json.dumps([row.get(role) for role in roles], sort_keys=True, default=repr) for row in rows], "content")
+    """Hashes of what stands in `roles`, whichever of them a row has."""
+    return hashes([_said([row[role] for role in roles if row.get(role) is not None]) for row in rows], "content")
+
+
+def _said(values: Sequence[Any]) -> str:
+    return values[0] if len(values) == 1 and type(values[0]) is str else json.dumps(values, sort_keys=True, default=repr)
 
 
 def _column(role: str, values: Sequence[Any]) -> pa.Array:

@@ -63,6 +63,8 @@ class Task(Schema):
     parameters: ClassVar[type[Parameters]] = Parameters
     rows_at_once: ClassVar[int] = 512
     """Rows that are encoded and predicted together: fewer where an encoded row is large."""
+    model_types: ClassVar[Mapping[str, str]] = {}
+    """Kinds of model that are the task's own and unknown to transformers: model type -> `module:ConfigClass`, for `config://`."""
     augments: ClassVar[bool] = False
     """Whether `encode_to_train` differs from `encode`, so that each epoch encodes anew."""
 

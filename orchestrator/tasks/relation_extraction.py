@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 LEAST = 0.01
 """Scores below it are left out of a prediction: of many pairs times many relations nearly all are."""
+_SOME = 1e-9
 IGNORED = -100
 """Target of an example that stands for a row without pairs."""
 _DIRECTED = re.compile(r"(.+)\((e1,e2|e2,e1)\)")
@@ -483,20 +484,25 @@ class RelationExtraction(Task):
         return {"anyOf": [one, {"type": "array", "items": one}]}
 
     def answer_difference(self, one: Any, other: Any) -> float:
-        """The smallest difference of scores that explains both answers: a triple that only one has was near a tie or the threshold, or is an error."""
+        """The smallest difference of scores that explains both answers, above 0 where they differ.
+
+        A triple that one of them lacks was near the threshold, or near a tie with another relation or with none.
+        """
         if one and isinstance(one[0], list):
             return max((self.answer_difference(a, b) for a, b in zip(one, other, strict=True)), default=0.0)
         first, second = ({(_which(triple), triple["relation"]): triple["score"] for triple in answer} for answer in (one, other))
-        least = self.threshold if self.problem == "multi-label" else 0.0
         largest = 0.0
         for here, there in ((first, second), (second, first)):
             for (which, relation), score in here.items():
                 if (which, relation) in there:
                     largest = max(largest, abs(score - there[which, relation]))
-                    continue
-                rival = max((value for (pair, _), value in there.items() if pair == which), default=0.5)
-                # Where another relation won with `rival`, this one had no more than it, and no more than the rest.
-                largest = max(largest, score - least if self.problem == "multi-label" else score - min(rival, 1 - rival))
+                elif self.problem == "multi-label":
+                    largest = max(largest, score - self.threshold, _SOME)
+                else:
+                    # What won there has `rival`, so this relation had no more than that, and no more than the rest.
+                    won = [value for (pair, _), value in there.items() if pair == which]
+                    rival = won[0] if won else 0.5 if self.no_relation is not None else -math.inf
+                    largest = max(largest, score - min(rival, 1 - rival), _SOME)
         return largest
 
 
