@@ -17,7 +17,7 @@ def packed(triples: Iterable[tuple[int, int, int]]) -> str:
 
     array = np.array(sorted(triples), dtype="<i4").reshape(-1, 3)
     # Column by column, as differences to the triple before: sorted triples differ little.
-    return base64.b64encode(zlib.compress(np.diff(array, axis=0, prepend=0).T.tobytes(), 9)).decode()
+    return base64.b64encode(zlib.compress(np.diff(array, axis=0, prepend=0).T.astype("<i4").tobytes(), 9)).decode()
 
 
 class KnownTriples:
