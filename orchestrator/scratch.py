@@ -122,7 +122,9 @@ def _config(section: ModelSection, task: Task) -> Any:
     elif kind in CONFIG_MAPPING_NAMES:
         build = functools.partial(AutoConfig.for_model, kind)
     else:
-        raise InputError(f"model.base: transformers has no model type {kind!r}.{did_you_mean(kind, [*task.model_types, *CONFIG_MAPPING_NAMES])}")
+        raise InputError(
+            f"model.base: transformers has no model type {kind!r}.{did_you_mean(kind, [*task.model_types, *CONFIG_MAPPING_NAMES])}"
+        )
     known = build().to_dict()
     if unknown := [name for name in section.config if name not in known]:
         raise InputError(f"model.config: a {kind!r} model has no {unknown[0]!r}.{did_you_mean(unknown[0], known)}")
