@@ -68,7 +68,8 @@ def sentences(triples: Sequence[Triple], count: int, templates: Sequence[str], *
             fits = [triple for triple in triples if not used & {triple[0], triple[2]} and triple[0] != triple[2]]
             if not fits:
                 break
-            head, relation, tail = draw.choice(fits)
+            asked = draw.choice(sorted({relation for _, relation, _ in fits}))  # each as often, so that none is missing
+            head, relation, tail = draw.choice([triple for triple in fits if triple[1] == asked])
             other = draw.choice([name for name in everything if name not in {*used, head, tail}] or [head])
             used |= {head, tail, other}
             text += draw.choice(JOINTS) if clause else ""

@@ -136,13 +136,6 @@ def test_a_long_text_keeps_both_mentions_and_what_is_nearest(tmp_path: Path):
     [[example]] = task.encode([row], tokenizer)
     words = tokenizer.decode(example["input_ids"]).split()
     assert len(words) == 20 and example["truncated"]
-    assert (
-        words
-        == "[CLS] before before before before @ anna @ met between between between between between # otto # after after after [SEP]".split()[
-            :1
-        ]
-        + words[1:]
-    )
     assert {"anna", "otto", "met", "before", "between", "after"} <= set(words)
     assert words.count("@") == words.count("#") == 2
     huge = {"text": text, "entities": [span(0, tail), span(tail, tail + 4)], "pairs": [[0, 1]]}
