@@ -128,8 +128,10 @@ class _Held:
 
     def __post_init__(self) -> None:
         columns = self.reading.task.columns()
-        self.input_roles = [role for role in columns if not columns[role].target]
-        self.target_roles = [role for role in columns if columns[role].target]
+        # A row may be cleaned into another role than that of its column; a role that no row has is left out at the end.
+        self.roles = list(columns)
+        self.input_roles = [role for role in self.roles if not columns[role].target]
+        self.target_roles = [role for role in self.roles if columns[role].target]
 
     @property
     def empty(self) -> bool:
@@ -161,10 +163,7 @@ class _Held:
 
     def _to_chunk(self) -> None:
         if self.pending:
-            # A task may clean what stands in some roles into others: two columns of spans into one of entities.
-            held = {role for row in self.pending for role in row}
-            roles = [role for role in self.reading.task.columns() if role in held or role in self.reading.mapping]
-            columns = {role: _column(role, [row.get(role) for row in self.pending]) for role in roles}
+            columns = {role: _column(role, [row.get(role) for row in self.pending]) for role in self.roles}
             seed = self.reading.section.split.seed
             self.chunks.append(
                 _Chunk(
@@ -233,12 +232,14 @@ def bucket_of(order: np.ndarray, buckets: int) -> np.ndarray:
 
 
 def _content(rows: Sequence[Row], roles: Sequence[str]) -> np.ndarray:
-    """Hashes of what stands in `roles`, whichever of them a row has."""
-    return hashes([_said([row[role] for role in roles if row.get(role) is not None]) for row in rows], "content")
+    """Hashes of what stands in `roles`; a row has the same one whichever roles other rows have."""
+    return hashes([_text({role: row[role] for role in roles if row.get(role) is not None}) for row in rows], "content")
 
 
-def _said(values: Sequence[Any]) -> str:
-    return values[0] if len(values) == 1 and type(values[0]) is str else json.dumps(values, sort_keys=True, default=repr)
+def _text(values: Mapping[str, Any]) -> str:
+    if len(values) == 1 and type(only := next(iter(values.values()))) is str:
+        return only
+    return json.dumps(values, sort_keys=True, default=repr)
 
 
 def _column(role: str, values: Sequence[Any]) -> pa.Array:

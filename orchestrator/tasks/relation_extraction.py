@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from orchestrator.errors import InputError
-from orchestrator.tasks import entity_finder, mentions, relation_scores, texts
+from orchestrator.tasks import entity_finder, mentions, relation_scores, texts, triples
 from orchestrator.tasks import labels as label_rules
 from orchestrator.tasks.base import Column, Example, Observation, Parameters, Prediction, Row, RowError, Task
 from orchestrator.tasks.text_classification import TextClassification
@@ -20,13 +20,8 @@ from orchestrator.tasks.text_classification import TextClassification
 if TYPE_CHECKING:
     import torch
 
-LEAST = 0.01
-"""Scores below it are left out of a prediction: of many pairs times many relations nearly all are."""
-_SOME = 1e-9
 IGNORED = -100
 """Target of an example that stands for a row without pairs."""
-_DIRECTED = re.compile(r"(.+)\((e1,e2|e2,e1)\)")
-"""A label that says which mention comes first in the relation, as in SemEval-2010 Task 8."""
 
 
 class RelationParameters(Parameters):
@@ -346,18 +341,18 @@ class RelationExtraction(Task):
 
     # ---- answers ---------------------------------------------------------------------------------------------
     def decode(self, row: Row, outputs: Sequence[Any]) -> Prediction:
-        """`triples` that hold, likeliest first; `pairs`, each with the `scores` of all relations from `LEAST` on."""
+        """`triples` that hold, likeliest first; `pairs`, each with the `scores` of all relations from `triples.LEAST` on."""
         pairs: list[dict[str, Any]] = []
-        triples: list[dict[str, Any]] = []
+        found: list[dict[str, Any]] = []
         for output in outputs:
             if self.between == "mentions" and output[0] < 0:
                 continue
             pair = self._pair(row, [int(number) for number in output[:6]])
             scores = dict(zip(self._names, _scores(output[6:], self.problem), strict=True))
             said = self._said(scores)
-            triples += [_triple(pair, name, scores[name]) for name in said]
-            pairs.append({**pair, "relations": said, "scores": {name: score for name, score in scores.items() if score >= LEAST}})
-        return {"triples": sorted(triples, key=lambda triple: -triple["score"]), "pairs": pairs}
+            found += [triples.made(pair, name, scores[name]) for name in said]
+            pairs.append({**pair, "relations": said, "scores": {name: score for name, score in scores.items() if score >= triples.LEAST}})
+        return {"triples": sorted(found, key=lambda triple: -triple["score"]), "pairs": pairs}
 
     def _pair(self, row: Row, numbers: Sequence[int]) -> dict[str, Any]:
         if self.between == "names":
@@ -400,10 +395,10 @@ class RelationExtraction(Task):
         return math.isfinite(difference := self.difference(one, other)) and difference <= tolerance
 
     def difference(self, one: Prediction, other: Prediction) -> float:
-        if [_which(pair) for pair in one["pairs"]] != [_which(pair) for pair in other["pairs"]]:
+        if [triples.which(pair) for pair in one["pairs"]] != [triples.which(pair) for pair in other["pairs"]]:
             return math.inf
         both = zip(one["pairs"], other["pairs"], strict=True)
-        return max((_score_difference(a["scores"], b["scores"]) for a, b in both), default=0.0)
+        return max((triples.scores_apart(a["scores"], b["scores"]) for a, b in both), default=0.0)
 
     # ---- HTTP ------------------------------------------------------------------------------------------------
     def inputs_schema(self) -> dict[str, Any]:
@@ -460,50 +455,30 @@ class RelationExtraction(Task):
         """`[{head, relation, tail, score, head_start, head_end, tail_start, tail_end, …}, …]`, likeliest first; a list of these for a list."""
         answers = []
         for prediction in predictions:
-            triples = prediction["triples"]
+            found = prediction["triples"]
             if parameters.top_k is not None:
-                triples = [triple for pair in prediction["pairs"] for triple in self._likeliest(pair, parameters.top_k)]
-                triples.sort(key=lambda triple: -triple["score"])
-            answers.append([triple for triple in triples if triple["score"] >= parameters.min_score])
+                found = [triple for pair in prediction["pairs"] for triple in self._likeliest(pair, parameters.top_k)]
+                found.sort(key=lambda triple: -triple["score"])
+            answers.append([triple for triple in found if triple["score"] >= parameters.min_score])
         return answers[0] if single else answers
 
     def _likeliest(self, pair: dict[str, Any], count: int) -> list[dict[str, Any]]:
         scores = {name: score for name, score in pair["scores"].items() if name != self.no_relation}
         ranked = sorted(scores.items(), key=lambda item: -item[1])[:count]
         which = {key: value for key, value in pair.items() if key not in ("scores", "relations")}
-        return [_triple(which, name, score) for name, score in ranked]
+        return [triples.made(which, name, score) for name, score in ranked]
 
     def answer_schema(self) -> dict[str, Any]:
-        text, place = {"type": "string"}, {"type": "integer", "minimum": 0}
-        ends = {f"{end}_{key}": text if key == "type" else place for end in ("head", "tail") for key in ("start", "end", "type")}
-        required = ["head", "relation", "tail", "score"]
-        if self.between == "mentions":
-            required += [name for name in ends if not name.endswith("type")]
-        triple = _object({"head": text, "relation": text, "tail": text, "score": {"type": "number"}, **ends}, *required)
-        one = {"type": "array", "items": triple}
+        one = {"type": "array", "items": triples.schema(places=self.between == "mentions")}
         return {"anyOf": [one, {"type": "array", "items": one}]}
 
     def answer_difference(self, one: Any, other: Any) -> float:
-        """The smallest difference of scores that explains both answers, above 0 where they differ.
-
-        A triple that one of them lacks was near the threshold, or near a tie with another relation or with none.
-        """
+        """The smallest difference of scores that explains both answers, above 0 where they differ."""
         if one and isinstance(one[0], list):
             return max((self.answer_difference(a, b) for a, b in zip(one, other, strict=True)), default=0.0)
-        first, second = ({(_which(triple), triple["relation"]): triple["score"] for triple in answer} for answer in (one, other))
-        largest = 0.0
-        for here, there in ((first, second), (second, first)):
-            for (which, relation), score in here.items():
-                if (which, relation) in there:
-                    largest = max(largest, abs(score - there[which, relation]))
-                elif self.problem == "multi-label":
-                    largest = max(largest, score - self.threshold, _SOME)
-                else:
-                    # What won there has `rival`, so this relation had no more than that, and no more than the rest.
-                    won = [value for (pair, _), value in there.items() if pair == which]
-                    rival = won[0] if won else 0.5 if self.no_relation is not None else -math.inf
-                    largest = max(largest, score - min(rival, 1 - rival), _SOME)
-        return largest
+        if self.problem == "multi-label":
+            return triples.apart_by_threshold(one, other, self.threshold)
+        return triples.apart_by_rank(one, other, always=self.no_relation is None)
 
 
 def _logits(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -518,27 +493,6 @@ def _scores(logits: Any, problem: str) -> list[float]:
         return np.where(logits >= 0, 1 / (1 + small), small / (1 + small)).tolist()
     powers = np.exp(logits - logits.max())
     return (powers / powers.sum()).tolist()
-
-
-def _triple(pair: Mapping[str, Any], label: str, score: float) -> dict[str, Any]:
-    """The triple that a label says of a pair; `Cause-Effect(e2,e1)` turns it round."""
-    directed = _DIRECTED.fullmatch(label)
-    if directed and directed[2] == "e2,e1":
-        turned = {"head": "tail", "tail": "head"}
-        pair = {turned[key.partition("_")[0]] + key[4:]: value for key, value in pair.items()}
-    rest = {key: value for key, value in pair.items() if key not in ("head", "tail")}
-    return {"head": pair["head"], "relation": directed[1] if directed else label, "tail": pair["tail"], "score": score, **rest}
-
-
-def _which(pair: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(pair.get(key) for key in ("head", "tail", "head_start", "head_end", "tail_start", "tail_end"))
-
-
-def _score_difference(one: Mapping[str, float], other: Mapping[str, float]) -> float:
-    """A score that one of them leaves out was at most `LEAST`."""
-    both = [abs(one[name] - other[name]) for name in one.keys() & other.keys()]
-    alone = [max(0.0, {**one, **other}[name] - LEAST) for name in one.keys() ^ other.keys()]
-    return max([*both, *alone], default=0.0)
 
 
 def _object(properties: dict[str, Any], *required: str) -> dict[str, Any]:

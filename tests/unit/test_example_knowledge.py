@@ -9,7 +9,12 @@ import pytest
 from orchestrator import tasks
 from orchestrator.examples import EXAMPLES, knowledge
 
-TRIPLES = ["steroid\tinteracts_with\teicosanoid", "cell\tpart_of\torgan", "virus\tcauses\tdisease_or_syndrome", "virus\taffects\tdisease_or_syndrome"]
+TRIPLES = [
+    "steroid\tinteracts_with\teicosanoid",
+    "cell\tpart_of\torgan",
+    "virus\tcauses\tdisease_or_syndrome",
+    "virus\taffects\tdisease_or_syndrome",
+]
 
 
 @pytest.fixture
@@ -50,7 +55,9 @@ def test_sentences_say_their_relations_between_the_entities_that_they_name(folde
             assert knowledge.phrase(one["type"]) in row["text"]
         assert len(clean["label"]) == len(row["relations"])
     assert {len(row["relations"]) for row in rows} == {1, 2}
-    assert rows == list(knowledge.sentences([tuple(line.split("\t")) for line in TRIPLES], 300, (*knowledge.TEMPLATES, *knowledge.UNSEEN), seed="test"))
+    assert rows == list(
+        knowledge.sentences([tuple(line.split("\t")) for line in TRIPLES], 300, (*knowledge.TEMPLATES, *knowledge.UNSEEN), seed="test")
+    )
     train = " ".join(row["text"] for row in lines(folder / "sentences-train.jsonl"))
     assert "as for" not in train and "it is virus that" not in train
 
