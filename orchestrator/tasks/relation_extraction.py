@@ -20,6 +20,8 @@ from orchestrator.tasks.text_classification import TextClassification
 if TYPE_CHECKING:
     import torch
 
+MOST_MENTIONS = 100
+"""In one text: all their pairs are nearly 10,000 passes of the model. Of more that a finder finds the first ones count."""
 IGNORED = -100
 """Target of an example that stands for a row without pairs."""
 
@@ -42,6 +44,7 @@ class RelationExtraction(Task):
     """Triples (head, relation, tail) out of texts with their entities, for knowledge graphs; or the relation of two names."""
 
     parameters: ClassVar[type[Parameters]] = RelationParameters
+    rows_at_once: ClassVar[int] = 64
 
     between: Literal["mentions", "names"] = "mentions"
     """Between entities that a text mentions, or between two names without a text."""
@@ -115,6 +118,11 @@ class RelationExtraction(Task):
             clean: Row = {"text": text, "entities": found}
             if not label_rules.missing(row.get("pairs")):
                 clean["pairs"] = mentions.clean_pairs("pairs", row["pairs"], len(found))
+            most = MOST_MENTIONS * (MOST_MENTIONS - 1)
+            if "pairs" not in clean and len(found) > MOST_MENTIONS:
+                raise RowError("entities", f"at most {MOST_MENTIONS} mentions, or the pairs of them to look at", f"{len(found):,} mentions")
+            if len(clean.get("pairs", ())) > most:
+                raise RowError("pairs", f"at most {most:,} pairs", f"{len(clean['pairs']):,} pairs")
             return clean
         flat = {end: {key: row.get(f"{end}_{key}") for key in ("start", "end", "type")} for end in ("head", "tail")}
         given = {end: row[end] if not label_rules.missing(row.get(end)) else flat[end] for end in flat}
@@ -258,7 +266,7 @@ class RelationExtraction(Task):
         without = [place for place, row in enumerate(rows) if "entities" not in row]
         if without:
             found = iter(processor.find([rows[place]["text"] for place in without]))
-            rows = [row if "entities" in row else {**row, "entities": next(found)} for row in rows]
+            rows = [row if "entities" in row else {**row, "entities": next(found)[:MOST_MENTIONS]} for row in rows]
         types = {name: place for place, name in enumerate(self.entity_types or ())}
         asked = [[(row["entities"][head], row["entities"][tail]) for head, tail in self._pairs(row)] for row in rows]
         marked = [mentions.marked(row["text"], pair) for row, pairs in zip(rows, asked, strict=True) for pair in pairs]

@@ -79,6 +79,14 @@ def test_pairs_that_no_relation_is_said_of_are_unrelated_or_where_there_is_no_su
         task.clean(again)
 
 
+def test_a_text_with_too_many_entities_must_say_which_pairs_matter():
+    text = "a " * 101
+    row = {"text": text, "entities": [{"start": 2 * place, "end": 2 * place + 1} for place in range(101)]}
+    with pytest.raises(RowError, match="at most 100 mentions"):
+        created().clean(row)
+    assert created().clean({**row, "pairs": [[0, 100]]})["pairs"] == [[0, 100]]
+
+
 @pytest.mark.parametrize(
     ("labels", "fields", "says"),
     [
