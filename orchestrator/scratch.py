@@ -111,19 +111,17 @@ def _make(section: ModelSection, prepared: PreparedData, seed: int, folder: Path
 
 # ---- config --------------------------------------------------------------------------------------------------
 def _config(section: ModelSection, task: Task) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     kind = section.base.removeprefix(SCHEME)
     if kind in task.model_types:
         module, _, name = task.model_types[kind].partition(":")
         build = getattr(importlib.import_module(module), name)
-    elif kind in CONFIG_MAPPING_NAMES:
+    elif kind in CONFIG_MAPPING:
         build = functools.partial(AutoConfig.for_model, kind)
     else:
         raise InputError(
-            f"model.base: transformers has no model type {kind!r}.{did_you_mean(kind, [*task.model_types, *CONFIG_MAPPING_NAMES])}"
+            f"model.base: transformers has no model type {kind!r}.{did_you_mean(kind, [*task.model_types, *CONFIG_MAPPING.keys()])}"
         )
     known = build().to_dict()
     if unknown := [name for name in section.config if name not in known]:
