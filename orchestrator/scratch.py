@@ -111,6 +111,7 @@ def _make(section: ModelSection, prepared: PreparedData, seed: int, folder: Path
 
 # ---- config --------------------------------------------------------------------------------------------------
 def _config(section: ModelSection, task: Task) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     kind = section.base.removeprefix(SCHEME)
