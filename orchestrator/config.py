@@ -57,7 +57,7 @@ class DataSection(Schema):
     split: SplitSection = SplitSection()
     columns: dict[str, str] = {}
     """Role -> column of the files, for example {text: review, label: stars}; a role not named is its own column."""
-    format: Literal["csv", "tsv", "jsonl", "json", "parquet", "arrow", "folder"] | None = None
+    format: Literal["csv", "tsv", "jsonl", "json", "parquet", "arrow", "conll", "folder"] | None = None
     """None: by the ending of the file. `folder`: texts, images or sounds, one folder per class."""
     delimiter: str | None = None
     """Between the fields of a line; not set: comma for csv, tab for tsv."""

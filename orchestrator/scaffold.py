@@ -61,12 +61,16 @@ def guess(columns: Mapping[str, Column], rows: Sequence[Mapping[str, Any]]) -> d
     names = list(rows[0]) if rows else []
     taken: set[str] = set()
     found: dict[str, Guess] = {}
+    called = {role: name for role, column in columns.items() for name in (role, *column.aliases)[::-1] if name in names}
     # Targets first: few values repeat in them, while any column of words could be the text.
     for role, column in sorted(columns.items(), key=lambda item: not item[1].target):
-        if not column.required:
+        if not column.required or (role not in called and column.unless in {*called, *found}):
             continue
         free = [name for name in names if name not in taken]
-        found[role] = _target(role, free, rows) if column.target else _input(role, column, free, rows)
+        if role in called and (column.unless or column.aliases):
+            found[role] = Guess(called[role], "")
+        else:
+            found[role] = _target(role, free, rows) if column.target else _input(role, column, free, rows)
         taken.add(found[role].column or "")
     return {role: found[role] for role in columns if role in found}
 

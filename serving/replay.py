@@ -36,11 +36,13 @@ def replay(
 
     Raises `StageError` naming the row, what was expected and what came, where they differ by more than `tolerance`.
     """
-    parameters = task.parameters()
+    parameters = task.replay_parameters()
+    asked = parameters.model_dump(mode="json", exclude_defaults=True)
+    beside = {"parameters": asked} if asked else {}
     expected = [task.answer([prediction], parameters, single=True) for prediction in predictions]
     largest = 0.0
     with _client(api_key, timeout_s) as client, ThreadPoolExecutor(CLIENTS) as pool:
-        answers = pool.map(lambda row: _ask(client, url, {"inputs": task.inputs_from(row)}), rows)
+        answers = pool.map(lambda row: _ask(client, url, {"inputs": task.inputs_from(row), **beside}), rows)
         for row, wanted, found in zip(rows, expected, answers, strict=True):
             try:
                 difference = task.answer_difference(wanted, found)

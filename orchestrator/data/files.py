@@ -33,6 +33,7 @@ FORMATS = {
     ".pq": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",
+    **dict.fromkeys((".conll", ".conllu", ".bio", ".iob", ".iob2"), "conll"),
 }
 MEDIA = {
     **dict.fromkeys((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"), "image"),

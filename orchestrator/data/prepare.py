@@ -97,6 +97,8 @@ class _Build:
             self.display.warn(sentence)
         written, observed = self._write(found, cuts)
         task = self.job.task.fit(observed)
+        for sentence in task.remarks(observed):
+            self.display.warn(sentence)
         quarantine = self._quarantine()
         self.spool.delete()
         prepared = PreparedData(

@@ -234,6 +234,12 @@ def _of_class(file: SourceFile, section: DataSection, columns: list[str] | None,
     yield 1, values if columns is None else {name: value for name, value in values.items() if name in columns}
 
 
+def _conll(file: SourceFile, section: DataSection, columns: list[str] | None, required: Sequence[str]) -> Iterator[Record]:
+    from orchestrator.data import conll
+
+    return conll.sentences(file, section, columns, required)
+
+
 # ---- tables --------------------------------------------------------------------------------------------------
 def _parquet(file: SourceFile, section: DataSection, columns: list[str] | None, required: Sequence[str]) -> Iterator[Record]:
     import pyarrow.parquet as pq
@@ -308,5 +314,6 @@ _READERS: dict[str, Callable[[SourceFile, DataSection, list[str] | None, Sequenc
     "json": _json,
     "parquet": _parquet,
     "arrow": _arrow,
+    "conll": _conll,
     "folder": _of_class,
 }

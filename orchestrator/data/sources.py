@@ -110,9 +110,10 @@ def map_columns(
     if unknown := [role for role in section.columns if role not in roles]:
         raise InputError(f"data.columns: the task has no role {unknown[0]!r}.{did_you_mean(unknown[0], roles)}")
     mapping: dict[str, str] = {}
+    named = {role: section.columns.get(role) or _by_name(role, column, columns) for role, column in roles.items()}
     for role, column in roles.items():
-        name = section.columns.get(role, role)
-        needed = column.required or role in section.columns
+        name = named[role]
+        needed = (column.required and named.get(column.unless or "") not in columns) or role in section.columns
         if column.target and not targets:
             needed = False
         if name in columns:
@@ -120,6 +121,11 @@ def map_columns(
         elif needed:
             raise _no_column(section, where, role, column, name, columns)
     return mapping
+
+
+def _by_name(role: str, column: Column, columns: Sequence[str]) -> str:
+    """The column of a role that the job does not name."""
+    return next((name for name in (role, *column.aliases) if name in columns), role)
 
 
 def _no_column(section: DataSection, where: str, role: str, column: Column, name: str, columns: Sequence[str]) -> InputError:

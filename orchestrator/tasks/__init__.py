@@ -10,6 +10,7 @@ from orchestrator.tasks.base import Task
 
 TASKS: dict[str, str] = {
     "text-classification": "orchestrator.tasks.text_classification:TextClassification",
+    "token-classification": "orchestrator.tasks.token_classification:TokenClassification",
     "relation-extraction": "orchestrator.tasks.relation_extraction:RelationExtraction",
     "graph-completion": "orchestrator.tasks.graph_completion:GraphCompletion",
 }

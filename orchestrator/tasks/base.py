@@ -48,6 +48,10 @@ class Column(Schema):
     required: bool = True
     target: bool = False
     """True for what the model learns to say: absent at prediction time."""
+    unless: str | None = None
+    """Another role that may stand in for this one: where that has a column, this needs none."""
+    aliases: tuple[str, ...] = ()
+    """Other names that such a column often has: one is taken where the job names none and there is none of the role's name."""
     help: str = ""
 
 
@@ -101,6 +105,10 @@ class Task(Schema):
         Raises `InputError` for what can't be learnt from: one class only, labels in `test` that `train` lacks, …
         """
         return self
+
+    def remarks(self, observed: Mapping[str, Observation]) -> list[str]:
+        """Sentences on each split's rows that a person should read before training on them; what can't be used, `fit` refuses."""
+        return []
 
     def stratum(self, row: Row) -> str | None:
         """The group within which a split keeps its shares, usually the label; None: no stratification."""
@@ -227,6 +235,10 @@ class Task(Schema):
     def answer_schema(self) -> dict[str, Any]:
         """JSON Schema of what `answer` returns."""
         raise NotImplementedError
+
+    def replay_parameters(self) -> Parameters:
+        """The parameters with which an endpoint is asked where its answers are compared: such that the answers say all that may differ."""
+        return self.parameters()
 
     def answer_difference(self, one: Any, other: Any) -> float:
         """The largest difference between numbers of two answers to the same request; inf where they say different things."""
