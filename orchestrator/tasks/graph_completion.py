@@ -142,6 +142,13 @@ class GraphCompletion(Task):
             raise InputError("task.known is not known yet: `fit` completes the task from the rows.")
         return KnownTriples(self.known, len(self.relations))
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Without what was computed of the fields before the update."""
+        copy = super().model_copy(update=update, deep=deep)
+        for name in ("_entity_places", "_relation_places", "_known"):
+            copy.__dict__.pop(name, None)
+        return copy
+
     def __getstate__(self) -> dict[Any, Any]:
         """Without what can be computed anew."""
         state = super().__getstate__()

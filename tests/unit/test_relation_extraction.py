@@ -161,9 +161,11 @@ def test_a_row_without_pairs_is_one_example_that_counts_for_nothing(tmp_path: Pa
     tokenizer, model = processors.of(task, base), task.model(base, dtype=torch.float32)
     rows = [task.clean({"text": text, "entities": [], "label": []}) for text in ("a text", "another that is longer")]
     examples = [example for [example] in task.encode(rows, tokenizer)]
-    total, items = task.loss(model, task.collate(examples, tokenizer))
+    with torch.inference_mode():
+        total, items = task.loss(model, task.collate(examples, tokenizer))
+        outputs = task.infer(model, task.collate(examples, tokenizer))
     assert (float(total), items) == (0.0, 0.0)
-    found = [task.decode(row, [output]) for row, output in zip(rows, task.infer(model, task.collate(examples, tokenizer)), strict=True)]
+    found = [task.decode(row, [output]) for row, output in zip(rows, outputs, strict=True)]
     assert found == [{"triples": [], "pairs": []}] * 2
     assert task.score(found, rows) == {} and task.tables(found, rows) == {}
 
@@ -262,7 +264,8 @@ def test_entities_are_found_by_the_model_that_the_job_names_and_the_bundle_needs
     assert [[(pair["head"], pair["tail"]) for pair in one["pairs"]] for one in found] == [
         [("Anna", "Bern"), ("Anna", "Acme"), ("Bern", "Anna"), ("Bern", "Acme"), ("Acme", "Anna"), ("Acme", "Bern")], [], [],
     ]  # fmt: skip
-    given = loaded.task.rows_from({"text": "Anna knows Bern and Acme", "entities": [{"start": 0, "end": 4}, {"start": 20, "end": 24}]})
+    names = [{"start": start, "end": end, "type": "NAME"} for start, end in ((0, 4), (20, 24))]
+    given = loaded.task.rows_from({"text": "Anna knows Bern and Acme", "entities": names})
     assert [pair["scores"] for pair in loaded(given)[0]["pairs"]] == [pytest.approx(found[0]["pairs"][place]["scores"]) for place in (1, 4)]
 
 
