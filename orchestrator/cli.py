@@ -47,7 +47,7 @@ def _options(
 
 for panel, commands in {
     "Jobs": (job.init, job.validate, job.run, job.train, job.tune, job.evaluate),
-    "Models": (model.predict, model.serve),
+    "Models": (model.predict, model.graph, model.serve),
     "Clusters": (cluster.submit,),
     "About": (about.tasks, about.schema, about.doctor),
 }.items():

@@ -7,6 +7,8 @@ lies beside the prepared data it was fitted on, and is made once.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import tempfile
 import uuid
@@ -55,7 +57,7 @@ def based(section: ModelSection, prepared: PreparedData, *, seed: int) -> ModelS
 
 def check(section: ModelSection, task: Task) -> str:
     """A folder with nothing but the config of a model from scratch, for `Task.check_base`; `InputError` for keys that it hasn't."""
-    config = _config(section)
+    config = _config(section, task)
     _settings(section, task)
     place = Path(tempfile.gettempdir()) / f"orchestrator-config-{digest(section.to_json())[:16]}"
     config.save_pretrained(place)
@@ -92,7 +94,11 @@ def _make(section: ModelSection, prepared: PreparedData, seed: int, folder: Path
     import torch
     from transformers import AutoModel
 
-    config, task = _config(section), prepared.task
+    task = prepared.task
+    config = _config(section, task)
+    if config.model_type in task.model_types:  # its weights depend on the data, so the task itself makes them
+        config.save_pretrained(folder)
+        return
     with quiet(), torch.random.fork_rng():
         if task.modality == "text":
             tokenizer = _tokenizer(section, task, config, _texts(prepared))
@@ -105,18 +111,26 @@ def _make(section: ModelSection, prepared: PreparedData, seed: int, folder: Path
 
 
 # ---- config --------------------------------------------------------------------------------------------------
-def _config(section: ModelSection) -> Any:
+def _config(section: ModelSection, task: Task) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     kind = section.base.removeprefix(SCHEME)
-    if kind not in CONFIG_MAPPING:
-        raise InputError(f"model.base: transformers has no model type {kind!r}.{did_you_mean(kind, CONFIG_MAPPING.keys())}")
-    known = AutoConfig.for_model(kind).to_dict()
+    if kind in task.model_types:
+        module, _, name = task.model_types[kind].partition(":")
+        build = getattr(importlib.import_module(module), name)
+    elif kind in CONFIG_MAPPING:
+        build = functools.partial(AutoConfig.for_model, kind)
+    else:
+        raise InputError(
+            f"model.base: transformers has no model type {kind!r}.{did_you_mean(kind, [*task.model_types, *CONFIG_MAPPING.keys()])}"
+        )
+    known = build().to_dict()
     if unknown := [name for name in section.config if name not in known]:
         raise InputError(f"model.config: a {kind!r} model has no {unknown[0]!r}.{did_you_mean(unknown[0], known)}")
     try:
-        return AutoConfig.for_model(kind, **section.config)
-    except (TypeError, ValueError) as error:
+        return build(**section.config)
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise InputError(f"model.config: {' '.join(str(error).split())}") from None
 
 

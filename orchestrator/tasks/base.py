@@ -76,6 +76,8 @@ class Task(Schema):
     """Rows that are encoded and predicted together: fewer where an encoded row is large."""
     example_model: ClassVar[str | None] = None
     """What `init` writes as `model.base`; None: the model of the task's first recipe."""
+    model_types: ClassVar[Mapping[str, str]] = {}
+    """Kinds of model that are the task's own and unknown to transformers: model type -> `module:ConfigClass`, for `config://`."""
     augments: ClassVar[bool] = False
     """Whether `encode_to_train` differs from `encode`, so that each epoch encodes anew."""
     joint: ClassVar[bool] = False

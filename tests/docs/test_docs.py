@@ -37,6 +37,7 @@ COVERED = {
         "needs a trained model",
         "tests/e2e/test_run.py::test_one_command_takes_reviews_to_answers_and_again_reuses_them",
     ),
+    "orchestrator graph": ("needs predictions", "tests/unit/test_knowledge_graph.py::test_the_command_says_what_it_wrote"),
     "orchestrator serve": ("stays up", "tests/e2e/test_serve.py::test_a_model_is_served_until_it_is_interrupted"),
     "orchestrator submit": ("needs a cluster", "tests/ray/test_submit.py::test_a_job_runs_once_with_what_it_needs"),
     "orchestrator jobs": ("needs a cluster", "tests/ray/test_submit.py::test_a_running_job_is_found_followed_and_stopped"),
