@@ -214,13 +214,13 @@ def gaps(spans: Sequence[dict[str, Any]]) -> list[float]:
 # ---- what is left behind -------------------------------------------------------------------------------------
 def leftovers(arguments: argparse.Namespace, folder: Path, data: dict[str, str]) -> None:
     """Many short trials on a cluster that lives on: its placement groups, processes and the disk they took."""
-    limit = 2_000_000_000
+    limit = 300_000_000  # two bundles of 90 MB, and with adapters a checkpoint is some MB: those of all trials would be over it
     asked = {"num_trials": arguments.many, "algorithm": "random", "scheduler": "asha", "max_disk": limit}
-    small = cut({**data, "train": copied(data["train"]), "validation": copied(data["validation"])}, train=96, validation=32)
+    small = cut({**data, "train": copied(data["train"]), "validation": copied(data["validation"])}, train=64, validation=16)
     with head(folder) as (address, process):
         before = workers_of(process)
         with watched(folder / "runs") as disk:
-            run = tune(folder, small, "many", asked, {"num_train_epochs": 1}, "--address", address)
+            run = tune(folder, small, "many", asked, {"num_train_epochs": 1}, "--address", address, "--set", "model.lora={r: 4}")
         time.sleep(10)  # Ray lets a process that has nothing to do live for a moment
         left = run_side("look", address=address)
         after = [name for name in workers_of(process) if name not in before and not name.startswith("ray::IDLE")]
@@ -268,7 +268,7 @@ def workers_of(process: subprocess.Popen[bytes]) -> list[str]:
     names = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            names.append(" ".join(child.cmdline())[:60])
+            names.append(" ".join(" ".join(child.cmdline()).split())[:60])  # Ray pads the names of its processes with spaces
     return [name for name in names if name.startswith("ray::")]
 
 

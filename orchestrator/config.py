@@ -414,7 +414,7 @@ class SearchSection(Schema):
     max_examples: Positive | None = None
     """Training rows over all trials after which none goes on; None: no limit."""
     max_disk: Bytes = "20 GB"  # pyright: ignore[reportAssignmentType]
-    """Bytes that checkpoints of the sweep may take; what can't win any more is deleted first."""
+    """Bytes that the trials may take, the bundles of the winner and the default included; checkpoints that can't win are deleted first."""
     plateau: Positive | None = None
     """The sweep ends when the best has not improved in so many finished trials; None: never."""
     max_failures: Annotated[int, Field(ge=0)] = 2

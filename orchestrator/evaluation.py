@@ -197,9 +197,9 @@ def _splits(tables: Iterator[pa.Table], total: int, display: Display, losses: di
     for table in tables:
         for split in table["_split"].unique().to_pylist():
             some = table.filter(pc.field("_split") == split)
-            losses[split].total += pc.sum(some["_loss"]).as_py()
-            losses[split].items += pc.sum(some["_items"]).as_py()
-            predicted = some.filter(pc.is_valid(pc.field("prediction"))).drop_columns(["_split", "_loss", "_items"])
+            losses[split].total += sum(some["_loss"].to_pylist())
+            losses[split].items += sum(some["_items"].to_pylist())
+            predicted = some.filter(some["prediction"].is_valid()).drop_columns(["_split", "_loss", "_items"])
             if predicted.num_rows:
                 yield split, predicted
         done += table.num_rows

@@ -53,7 +53,7 @@ def forward(
             for places in batching.micro_batches([task.length(example) for example in examples], tokens):
                 batch = task.collate([examples[place] for place in places], processor)
                 batch = {key: value.to(device) for key, value in batch.items()}
-                once = model if losses is None else _Once(model)
+                once: Any = model if losses is None else _Once(model)
                 if losses is not None:
                     loss, items = task.loss(once, batch)
                     losses.total += float(loss)

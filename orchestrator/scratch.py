@@ -105,12 +105,11 @@ def _make(section: ModelSection, prepared: PreparedData, seed: int, folder: Path
 
 # ---- config --------------------------------------------------------------------------------------------------
 def _config(section: ModelSection) -> Any:
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     kind = section.base.removeprefix(SCHEME)
-    if kind not in CONFIG_MAPPING_NAMES:
-        raise InputError(f"model.base: transformers has no model type {kind!r}.{did_you_mean(kind, CONFIG_MAPPING_NAMES)}")
+    if kind not in CONFIG_MAPPING:
+        raise InputError(f"model.base: transformers has no model type {kind!r}.{did_you_mean(kind, CONFIG_MAPPING.keys())}")
     known = AutoConfig.for_model(kind).to_dict()
     if unknown := [name for name in section.config if name not in known]:
         raise InputError(f"model.config: a {kind!r} model has no {unknown[0]!r}.{did_you_mean(unknown[0], known)}")

@@ -41,7 +41,7 @@ def tune(job: JobConfig, prepared: PreparedData, folder: Folder, display: Displa
             data[data_key(variant)] = prepare(variant, Folder(job.storage), display)
     nodes = cluster.resources().nodes
     where = places.places(job, nodes, weights=preflight.weight_bytes(job), gpu_memory=_gpu_memory(job, nodes))
-    disk.require_room(_trained_bytes(job), where.at_once, search.num_trials, search.max_disk, folder)
+    _require_room(job, where.at_once, folder)
     rows = prepared.splits["train"].rows
     sweep = Sweep(
         job=job, space=space, folder=folder, prepared=data, report_every=space.report_every(rows), threads=where.threads,
@@ -74,15 +74,17 @@ def look(job: JobConfig, nodes: Sequence[Mapping[str, float]]) -> str:
     search = job.search
     assert search is not None
     where = places.places(job, nodes, weights=preflight.weight_bytes(job))
-    need = disk.require_room(_trained_bytes(job), where.at_once, search.num_trials, search.max_disk, Folder(job.storage))
-    return f"{where.sentence}; checkpoints take up to about {need / 1e9:.2g} GB"
+    need = _require_room(job, where.at_once, Folder(job.storage))
+    return f"{where.sentence}; checkpoints and bundles take up to about {need / 1e9:.2g} GB"
 
 
-def _trained_bytes(job: JobConfig) -> int:
-    """About so much of the weights is trained, and so in a checkpoint."""
-    assert job.search is not None
+def _require_room(job: JobConfig, at_once: int, folder: Folder) -> int:
+    search = job.search
+    assert search is not None
     weights = preflight.weight_bytes(job)
-    return weights // 20 if job.model.lora is not None and "model.lora" not in job.search.space else weights
+    # About so much of the weights is trained, and so in a checkpoint.
+    trained = weights // 20 if job.model.lora is not None and "model.lora" not in search.space else weights
+    return disk.require_room(weights, trained, at_once, search.num_trials, search.max_disk, folder)
 
 
 def _gpu_memory(job: JobConfig, nodes: Sequence[Mapping[str, float]]) -> int:
@@ -128,6 +130,7 @@ def _finish(sweep: Sweep, driver: Driver, display: Display) -> SearchRecord:
         if isinstance(compared, str):
             display.warn(f"The winner can't be compared with the job as it is written: {compared}")
             compared = None
+    driver.disk.tidy(records)  # The bundles count too.
     record = SearchRecord(
         search=sweep.search.to_json(),
         objectives=objectives,

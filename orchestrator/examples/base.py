@@ -63,7 +63,7 @@ def deb_members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
             name, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])
             start = file.tell()
             if name.startswith("data.tar"):
-                with tarfile.open(fileobj=file, mode=f"r|{name.removeprefix('data.tar').lstrip('.')}") as content:
+                with tarfile.open(fileobj=file, mode="r|*") as content:
                     for member in content:
                         if member.isfile() and (stream := content.extractfile(member)) is not None:
                             yield member.name.removeprefix("./"), stream

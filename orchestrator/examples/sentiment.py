@@ -7,6 +7,7 @@ import io
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from orchestrator.examples.base import Example, wheel_folder
 
@@ -40,7 +41,7 @@ def _rated_sentences(member: str, out: str, text: str) -> Callable[[Path, Path],
     return unpack
 
 
-_VADER = {
+_VADER: dict[str, Any] = {
     "package": "vaderSentiment",
     "version": "3.3.2",
     "archive": "vaderSentiment-3.3.2.tar.gz",

@@ -1,4 +1,4 @@
-"""The checkpoints of a sweep: only those that can still win are kept, within `search.max_disk`."""
+"""What the trials of a sweep leave on the disk: only checkpoints that can still win are kept, within `search.max_disk`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def can_win(trials: Sequence[TrialRecord], objectives: Objectives) -> list[Trial
 
 @dataclass
 class Disk:
-    """What the checkpoints of a sweep take, measured, and deleted as they can't win any more."""
+    """What the trials of a sweep take, measured; checkpoints are deleted as they can't win any more."""
 
     folder: Folder
     """Of the sweep."""
@@ -119,24 +119,25 @@ def size(folder: Folder) -> int:
     return sum(info.size or 0 for info in folder.filesystem.get_file_info(selector) if info.type == pafs.FileType.File)
 
 
-def require_room(weights: int, at_once: int, num_trials: int, limit: int, folder: Folder) -> int:
-    """Bytes that a sweep's checkpoints take at most, where `weights` bytes are trained and `at_once` trials run at the same time.
+def require_room(weights: int, trained: int, at_once: int, num_trials: int, limit: int, folder: Folder) -> int:
+    """Bytes that a sweep's trials take at most, where `trained` of a model's `weights` bytes are trained and `at_once` trials run at the same time.
 
-    Raises `InputError` where those of the running trials alone are more than `limit`, or all more than is free for `folder`.
+    Raises `InputError` where what can't be deleted is more than `limit`, or all is more than is free for `folder`.
     """
-    each = 3 * weights  # weights and two moments
-    running = each * (3 * min(at_once, num_trials) + 1)  # the last, the best and one being written; and the winner's
-    if running > limit:
+    each = 3 * trained  # weights and two moments
+    bundles = 2 * weights  # of the winner and of the job as it is written
+    needed = each * (3 * min(at_once, num_trials) + 1) + bundles  # the last, the best and one being written; and the winner's
+    if needed > limit:
         raise InputError(
-            f"search.max_disk is {_gigabytes(limit)}, and {at_once} trials at once need about {_gigabytes(running)} for their checkpoints; "
-            "raise it, or lower search.max_concurrent_trials, or search with model.lora."
+            f"search.max_disk is {_gigabytes(limit)}, and {at_once} trials at once need about {_gigabytes(needed)} for their checkpoints "
+            "and two bundles; raise it, or lower search.max_concurrent_trials, or search with model.lora."
         )
-    most = min(limit, running + each * KEPT)
+    most = min(limit, needed + each * KEPT)
     if folder.is_local:
         free = shutil.disk_usage(next(place for place in (Path(folder.path), *Path(folder.path).parents) if place.exists())).free
         if free < most:
             raise InputError(
-                f"storage: {folder} has {_gigabytes(free)} free, and the checkpoints of this sweep need about {_gigabytes(most)}; "
+                f"storage: {folder} has {_gigabytes(free)} free, and this sweep needs about {_gigabytes(most)}; "
                 "free some, set storage to another place, or lower search.max_concurrent_trials."
             )
     return most

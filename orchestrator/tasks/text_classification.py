@@ -282,7 +282,7 @@ class TextClassification(Task):
     def inputs_example(self) -> Any:
         return "I love this camera, but the battery is poor."
 
-    def rows_from(self, inputs: Any) -> list[Row]:
+    def rows_from(self, inputs: Any, parameters: Any = None) -> list[Row]:
         """Rows of a string, `{"text": …, "text_pair": …}`, or a list of these."""
         if isinstance(inputs, list):
             if not inputs:

@@ -102,3 +102,35 @@ def write_reviews(root: Path, files: Sequence[int], validation: int = 0) -> Any:
     return PreparedData(
         root=str(root), fingerprint="test", task=task, splits=splits, observed={}, rows_read=sum(files) + validation, rows_bad=0
     )
+
+
+def dies_at(step: int, marker: Path) -> Callable[[Any], Any]:
+    """A `training._worker_function` with which the last worker's process ends at that step, as long as `marker` isn't there."""
+
+    def wrap(work: Any) -> Any:
+        def train_worker() -> Any:
+            import ray.train
+
+            from orchestrator import loop, worker
+
+            context = ray.train.get_context()
+            if context.get_world_rank() == context.get_world_size() - 1:
+                inner = loop.train
+
+                def deadly(*args: Any, **kwargs: Any) -> Iterator[Any]:
+                    for progress in inner(*args, **kwargs):
+                        yield progress
+                        if progress.step == step and not marker.exists():
+                            marker.touch()
+                            os._exit(1)
+
+                loop.train = deadly
+            try:
+                return worker.run(work)
+            finally:
+                if context.get_world_rank() == context.get_world_size() - 1:
+                    loop.train = inner
+
+        return train_worker
+
+    return wrap

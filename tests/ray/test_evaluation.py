@@ -12,7 +12,7 @@ import pytest
 from orchestrator import bundle, evaluation, models, processors
 from orchestrator.config import DataSection, JobConfig
 from orchestrator.errors import InputError, StageError
-from orchestrator.predictor import Predictor
+from orchestrator.predictor import Losses, Predictor
 from orchestrator.progress import Silent
 from orchestrator.records import PreparedData, PreparedFile, PreparedSplit
 from orchestrator.storage import Folder
@@ -86,7 +86,10 @@ def test_evaluation_scores_what_the_predictor_says(ray_session, tiny_model, bund
         assert [one["row"] for one in found] == [{"text": row["text"], "label": row["label"]} for row in wanted]
         offline = predictor([one["row"] for one in found])
         assert all(predictor.task.agree(one["prediction"], other, 1e-4) for one, other in zip(found, offline, strict=True))
-        assert record.metrics[split] == pytest.approx(predictor.task.score(offline, wanted), abs=2e-3)
+        losses = Losses()
+        predictor.score(wanted, losses)
+        expected = {**predictor.task.score(offline, wanted), "loss": losses.total / losses.items}
+        assert record.metrics[split] == pytest.approx(expected, abs=2e-3)
     assert heard.steps[0] == (0, 1223, "rows")
     assert heard.steps[-1] == (1223, 1223, "rows")
     assert len(evaluation.read_predictions(record.predictions["test"], limit=5)) == 5
@@ -106,7 +109,7 @@ def test_the_job_chooses_metrics(ray_session, tiny_model, bundle_uri, tmp_path):
     job = job_for(tiny_model, evaluation={"metrics": ["f1/good", "mcc"], "tokens_per_batch": 64})
     record = evaluation.evaluate(job, prepared, bundle_uri, Folder(str(tmp_path / "out")), Silent())
     assert record.metrics.keys() == {"test"}
-    assert record.metrics["test"].keys() == {"f1/good", "mcc"}
+    assert record.metrics["test"].keys() == {"f1/good", "mcc", "loss"}
 
 
 def test_without_rows_to_score_it_says_so(ray_session, tiny_model, bundle_uri, tmp_path):

@@ -362,6 +362,6 @@ def test_read_gives_every_row_with_its_columns_and_what_is_bad(ray_session: Any,
 def test_read_yields_blocks_of_bounded_size(ray_session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "r.jsonl").write_text("".join(json.dumps({"text": "x" * 1000}) + "\n" for _ in range(20_000)))
     section = DataSection(train=str(tmp_path / "r.jsonl"))
-    blocks = [block.num_rows for block in sources._Blocks(section, tuple(sources.peek(section).files))()]
+    blocks = [block.num_rows for block in sources._Blocks(section, tuple(sources.peek(section).files), ())()]
     assert sum(blocks) == 20_000
     assert len(blocks) >= 3

@@ -1,10 +1,9 @@
 """Training on Ray: parallelism is true, what died continues, what can't start says so."""
 
 import json
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from orchestrator.errors import StageError
 from orchestrator.progress import Silent
 from orchestrator.records import TrainRecord
 from orchestrator.storage import Folder
+from tests.ray.conftest import dies_at
 
 FILES, VALIDATION, BATCH = [70, 41], 30, 16
 STEPS, EPOCHS = 7, 3  # 111 rows an epoch
@@ -144,33 +144,7 @@ def dies_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int]
     marker = tmp_path / "died"
 
     def arrange(step: int) -> None:
-        def wrap(work: Any) -> Any:
-            def train_worker() -> Any:
-                import ray.train
-
-                from orchestrator import loop, worker
-
-                context = ray.train.get_context()
-                if context.get_world_rank() == context.get_world_size() - 1:
-                    inner = loop.train
-
-                    def deadly(*args: Any, **kwargs: Any) -> Iterator[Any]:
-                        for progress in inner(*args, **kwargs):
-                            yield progress
-                            if progress.step == step and not marker.exists():
-                                marker.touch()
-                                os._exit(1)
-
-                    loop.train = deadly
-                try:
-                    return worker.run(work)
-                finally:
-                    if context.get_world_rank() == context.get_world_size() - 1:
-                        loop.train = inner
-
-            return train_worker
-
-        monkeypatch.setattr(training, "_worker_function", wrap)
+        monkeypatch.setattr(training, "_worker_function", dies_at(step, marker))
 
     return arrange
 

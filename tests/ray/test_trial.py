@@ -14,6 +14,7 @@ from orchestrator.search import trial
 from orchestrator.search.space import Space, data_key
 from orchestrator.search.sweep import Sweep, read_state
 from orchestrator.storage import Folder
+from tests.ray.conftest import dies_at
 
 RATE = "training.learning_rate"
 STEPS, EPOCHS = 7, 2
@@ -46,13 +47,26 @@ def config(number: int, rate: float) -> dict[str, Any]:
     return {"sample": {RATE: rate}, "number": number, "origin": "search"}
 
 
-def in_tune(sweep: Sweep, rates: list[float], *, cpus: float, stop: Callable[[dict[str, Any]], bool], resident: int | None = None) -> Any:
-    """Runs trials one after another; `stop` is asked at each report, `resident` bounds the rows that a process keeps."""
+def in_tune(
+    sweep: Sweep,
+    rates: list[float],
+    *,
+    cpus: float,
+    stop: Callable[[dict[str, Any]], bool],
+    resident: int | None = None,
+    workers: Callable[[Any], Any] | None = None,
+) -> Any:
+    """Runs trials one after another; `stop` is asked at each report, `resident` bounds the rows that a process keeps.
+
+    `workers` takes the place of `training._worker_function`.
+    """
     from ray import tune
 
     def search_trial(config: dict[str, Any]) -> None:
+        from orchestrator import training
         from orchestrator.data import resident as kept
 
+        training._worker_function = workers or training._worker_function
         kept.RESIDENT_ROWS = kept.RESIDENT_ROWS if resident is None else resident
         trial.trainable(config, sweep=sweep)
 
@@ -81,14 +95,24 @@ def heard(sweep: Sweep, given: dict[str, Any]) -> list[dict[str, Any]]:
     return reports
 
 
-def test_a_trial_with_workers_is_one_with_one_worker_and_stops_in_order(sweep: Callable[..., Sweep]) -> None:
-    """The second trial needs both CPUs, so the first must have given its workers' back, although only a report could tell it to end."""
+def test_a_trial_with_workers_is_one_with_one_worker_stops_in_order_and_outlives_a_worker(
+    sweep: Callable[..., Sweep], tmp_path: Path
+) -> None:
+    """The second trial needs both CPUs, so the first must have given its workers' back, although only a report could tell it to end.
+
+    A worker of the second dies between two checkpoints.
+    """
     import ray
 
     alone = sweep("alone")
     expected = heard(alone, config(0, 2e-3))
     ours = sweep("workers", workers_per_trial=2)
-    in_tune(ours, [2e-3, 1e-3], cpus=0, stop=lambda result: result["config"]["number"] == 0 and result["step"] >= 4)
+    died = tmp_path / "died"
+    in_tune(
+        ours, [2e-3, 1e-3], cpus=0, stop=lambda result: result["config"]["number"] == 0 and result["step"] >= 4,
+        workers=dies_at(STEPS + 2, died),
+    )  # fmt: skip
+    assert died.exists()
     deadline = time.monotonic() + 30
     while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -98,6 +122,8 @@ def test_a_trial_with_workers_is_one_with_one_worker_and_stops_in_order(sweep: C
     states = [read_state(folder) for folder in (first, second)]
     assert [state and state["status"] for state in states] == ["stopped", "done"]
     assert len(losses(first)) == 4
+    heard(alone, config(1, 1e-3))
+    assert losses(second) == pytest.approx(losses(alone.trial_folder(config(1, 1e-3))), abs=1e-4)
     assert len(losses(second)) == EPOCHS * STEPS
     assert losses(first) == pytest.approx(losses(alone.trial_folder(config(0, 2e-3)))[:4], abs=1e-4)
     last = json.loads((first / "reports.jsonl").read_bytes().splitlines()[-1])

@@ -83,9 +83,12 @@ def test_lower_is_better_where_the_metric_says_so_and_nan_never_wins(tmp_path: P
 
 def test_a_limit_that_running_trials_alone_exceed_is_refused_before_they_run(tmp_path: Path) -> None:
     place = Folder(str(tmp_path / "not/there/yet"))
-    assert require_room(10**6, 2, 20, 10**9, place) == 3 * 10**6 * 10
-    assert require_room(10**6, 2, 20, 25 * 10**6, place) == 25 * 10**6
-    with pytest.raises(InputError, match=r"search\.max_disk is 1 GB, and 2 trials at once need about 2\.1 GB"):
-        require_room(10**8, 2, 20, 10**9, place)
-    with pytest.raises(InputError, match=r"storage: .* has .* free, and the checkpoints of this sweep need about 3e\+05 GB"):
-        require_room(10**13, 2, 20, 10**18, place)
+    assert require_room(10**6, 10**6, 2, 20, 10**9, place) == 3 * 10**6 * 10 + 2 * 10**6
+    assert require_room(10**6, 10**6, 2, 20, 25 * 10**6, place) == 25 * 10**6
+    with pytest.raises(InputError, match=r"search\.max_disk is 1 GB, and 2 trials at once need about 2\.3 GB"):
+        require_room(10**8, 10**8, 2, 20, 10**9, place)
+    # With adapters the bundles are the most of it.
+    with pytest.raises(InputError, match=r"need about 0\.205 GB for their checkpoints and two bundles"):
+        require_room(9 * 10**7, 12 * 10**5, 2, 20, 10**8, place)
+    with pytest.raises(InputError, match=r"storage: .* has .* free, and this sweep needs about 3\.2e\+05 GB"):
+        require_room(10**13, 10**13, 2, 20, 10**18, place)

@@ -66,7 +66,7 @@ def test_an_encoder_decoder_and_a_decoder_end_their_texts(prepared: Any) -> None
             {"config": {"hiden_size": 3}},
             r"model\.config: a 'bert' model has no 'hiden_size'\. Did you mean 'hidden_size'\?",
         ),
-        ("config://bert", {"processor": {"kind": "bytes"}}, r"model\.processor\.kind"),
+        ("config://bert", {"processor": {"kind": "bytes"}}, r"model\.processor: kind"),
         ("config://bert", {"processor": {"vocabsize": 3}}, r"vocab_size"),
         ("example://minilm", {"config": {"hidden_size": 3}}, r"config is for models from scratch"),
     ],
