@@ -57,8 +57,9 @@ class DataSection(Schema):
     split: SplitSection = SplitSection()
     columns: dict[str, str] = {}
     """Role -> column of the files, for example {text: review, label: stars}; a role not named is its own column."""
-    format: Literal["csv", "tsv", "jsonl", "json", "parquet", "arrow", "folder"] | None = None
-    """None: by the ending of the file. `folder`: texts, images or sounds, one folder per class."""
+    format: Literal["csv", "tsv", "jsonl", "json", "squad", "text", "parquet", "arrow", "folder"] | None = None
+    """None: by the ending of the file. `folder`: texts, images or sounds, one folder per class; `squad`: questions in SQuAD's nested JSON
+    (a .json file of that form is recognised); `text`: plain text, a paragraph a line."""
     delimiter: str | None = None
     """Between the fields of a line; not set: comma for csv, tab for tsv."""
     header: bool = True

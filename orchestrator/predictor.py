@@ -59,7 +59,7 @@ def forward(
                     losses.total += float(loss)
                     losses.items += items
                 if infer:
-                    for place, output in zip(places, task.infer(once, batch), strict=True):
+                    for place, output in zip(places, task.spell(task.infer(once, batch), processor), strict=True):
                         outputs[place] = output
     finally:
         model.train(was_training)

@@ -33,6 +33,8 @@ TARGET_NAMES = (
     "topic",
     "tag",
     "tags",
+    "answer",
+    "answers",
 )
 EXAMPLE_MODEL = "example://minilm"
 

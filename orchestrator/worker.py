@@ -203,7 +203,7 @@ def write_bundle(
         place,
         model=plain,
         processor=processor,
-        task=task,
+        task=task.calibrate(metrics),
         job=job.to_json(),
         lineage={**lineage, **counted, "best_step": best.step},
         metrics={"validation": metrics},

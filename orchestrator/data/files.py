@@ -29,6 +29,7 @@ FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "json",
+    ".txt": "text",
     ".parquet": "parquet",
     ".pq": "parquet",
     ".arrow": "arrow",

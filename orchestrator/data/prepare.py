@@ -81,7 +81,7 @@ class _Build:
     def __post_init__(self) -> None:
         self.spool = (self.folder / "spool").make()
         self.here = self.spool.is_local or any(file.is_local for files in self.found.values() for file in files)
-        self.rows_read = self.rows_bad = 0
+        self.rows_read = self.rows_bad = self.rows_joined = 0
         self.bad_first: list[dict[str, Any]] = []
         self.schemas: list[pa.Schema] = []
 
@@ -132,7 +132,8 @@ class _Build:
         with contextlib.closing(stream("Files", work, here=self.here)) as done:
             for report in done:
                 _refuse(report)
-                self.rows_read += report["rows"] + report["bad"]
+                self.rows_read += report["rows"] + report["bad"] + report["joined"]
+                self.rows_joined += report["joined"]
                 self.rows_bad += report["bad"]
                 if report["bad"]:
                     self.bad_first += json.loads(report["bad_first"])
@@ -265,7 +266,7 @@ class _Build:
                     rows += count
                 for split, observation in json.loads(report["observed"]).items():
                     observed[split] = merge(observed[split], observation) if split in observed else observation
-                self.display.step(rows, self.rows_read - self.rows_bad, "rows")
+                self.display.step(rows, self.rows_read - self.rows_bad - self.rows_joined, "rows")
         for split in SPLITS:
             observed.setdefault(split, self.job.task.observe([]))
             parts[split].sort(key=lambda file: file.path)

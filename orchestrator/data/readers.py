@@ -158,7 +158,12 @@ def _object(value: Any, columns: list[str] | None) -> dict[str, Any] | BadRow:
 
 
 def _json(file: SourceFile, section: DataSection, columns: list[str] | None, required: Sequence[str]) -> Iterator[Record]:
-    """An array of objects, read object by object; rows are numbered by their place in it. Or JSON lines, by the first sign."""
+    """An array of objects, read object by object; rows are numbered by their place in it. Or SQuAD's form or JSON lines, by how it begins."""
+    from orchestrator.data.squad import is_squad
+
+    if is_squad(file, section):
+        yield from _squad(file, section, columns, required)
+        return
     first = next((line for line in lines(file, section) if line.strip()), "")
     if not first:
         return
@@ -224,6 +229,22 @@ def _some(source: Iterator[str], characters: int = 1 << 16) -> str:
         if size >= characters:
             break
     return "".join(parts)
+
+
+def _squad(file: SourceFile, section: DataSection, columns: list[str] | None, required: Sequence[str]) -> Iterator[Record]:
+    """Each question of the nested form is a row."""
+    from orchestrator.data.squad import questions
+
+    for number, values in questions(file, section):
+        yield number, values if isinstance(values, BadRow) else _object(values, columns)
+
+
+def _text(file: SourceFile, section: DataSection, columns: list[str] | None, required: Sequence[str]) -> Iterator[Record]:
+    """Plain text, a paragraph a line: each is a row, numbered by its line; empty lines are none."""
+    _require(file, required, ["text"])
+    for number, line in enumerate(lines(file, section), start=1):
+        if line.strip():
+            yield number, _object({"text": line.rstrip("\r\n")}, columns)
 
 
 def _of_class(file: SourceFile, section: DataSection, columns: list[str] | None, required: Sequence[str]) -> Iterator[Record]:
@@ -306,6 +327,8 @@ _READERS: dict[str, Callable[[SourceFile, DataSection, list[str] | None, Sequenc
     "tsv": _csv,
     "jsonl": _jsonl,
     "json": _json,
+    "squad": _squad,
+    "text": _text,
     "parquet": _parquet,
     "arrow": _arrow,
     "folder": _of_class,

@@ -90,7 +90,7 @@ class Reading:
                             raise RowError(group, "the row's group (data.split.group)", values.get(group))
                         clean = self.task.clean(row)
                         self.task.check_target(clean)
-                        held.take(clean, row_id, None if group is None else str(values[group]), weight(values))
+                        held.take(clean, file.name, row_id, None if group is None else str(values[group]), weight(values))
                     except RowError as error:
                         held.refuse(file.name, number, row_id, self.mapping.get(error.column, error.column), error.expected, error.found)
                 if held.full:
@@ -127,6 +127,10 @@ class _Held:
     chunk_bytes: int = 0
     bad: list[dict[str, Any]] = field(default_factory=list)
     all_bad: int = 0
+    joined: int = 0
+    """Rows that became part of the row before them, since the last spool."""
+    last: tuple[str, str | None] | None = None
+    """File and group of the last pending row."""
 
     def __post_init__(self) -> None:
         columns = self.reading.task.columns()
@@ -147,7 +151,13 @@ class _Held:
     def stopped(self) -> bool:
         return self.reading.section.max_bad_rows == 0 and self.all_bad >= ENOUGH_BAD_ROWS
 
-    def take(self, row: Row, row_id: str, group: str | None, size: int) -> None:
+    def take(self, row: Row, file: str, row_id: str, group: str | None, size: int) -> None:
+        if self.pending and self.last == (file, group) and (both := self.reading.task.joined(self.pending[-1], row)) is not None:
+            self.pending[-1] = both
+            self.pending_bytes += size
+            self.joined += 1
+            return
+        self.last = (file, group)
         self.pending.append(row)
         self.ids.append(row_id)
         if group is not None:
@@ -185,14 +195,14 @@ class _Held:
         self._to_chunk()
         name = f"{self.reading.split}-{self.reading.index:06d}-{block:06d}"
         rows = sum(chunk.table.num_rows for chunk in self.chunks)
-        report: dict[str, Any] = {"split": self.reading.split, "name": name, "rows": rows, "bad": len(self.bad)}
+        report: dict[str, Any] = {"split": self.reading.split, "name": name, "rows": rows, "bad": len(self.bad), "joined": self.joined}
         if self.bad:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.bad)
             (self.reading.spool / f"{name}.bad.jsonl").write_bytes(lines.encode("utf-8", "backslashreplace"))
             report["bad_first"] = json.dumps(self.bad[:SHOWN_BAD_ROWS], ensure_ascii=True)
         if rows:
             report.update(self._spool(name))
-        self.chunks, self.chunk_bytes, self.bad = [], 0, []
+        self.chunks, self.chunk_bytes, self.bad, self.joined = [], 0, [], 0
         return _report(report)
 
     def _spool(self, name: str) -> dict[str, Any]:
@@ -259,6 +269,7 @@ _REPORT = pa.schema(
         "rows": pa.int64(),
         "bytes": pa.int64(),
         "bad": pa.int64(),
+        "joined": pa.int64(),
         "bad_first": pa.string(),
         "schema": pa.binary(),
         "split_hashes": pa.large_binary(),

@@ -141,8 +141,8 @@ EXAMPLES: dict[str, Example] = {
     "dialogue": Example(
         package="chatterbot-corpus",
         version="1.3.3",
-        archive="SET",
-        sha256="SET",
+        archive="chatterbot_corpus-1.3.3-py2.py3-none-any.whl",
+        sha256="86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
         unpack=dialogue,
         main="dialogue.jsonl",
         licence="BSD-3-Clause",
@@ -151,8 +151,8 @@ EXAMPLES: dict[str, Example] = {
     "office-en-zh": Example(
         package="libreoffice-l10n-zh-cn",
         version="7.4.7-1+deb12u14",
-        archive="SET",
-        sha256="SET",
+        archive="libreoffice-l10n-zh-cn_7.4.7-1+deb12u14_all.deb",
+        sha256="06b2800923811a11ddadc9e1e09ef8bda2a89ba118470403b2f6a897152e0809",
         pool="pool/main/libr/libreoffice",
         unpack=office,
         main="office.jsonl",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +21,38 @@ def _rated_sentences(member: str, out: str, text: str) -> Callable[[Path, Path],
     """
 
     def unpack(archive: Path, folder: Path) -> None:
-        with tarfile.open(archive) as sdist:
-            inner = sdist.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
-            assert inner is not None
-            with tarfile.open(fileobj=io.BytesIO(inner.read())) as corpus:
-                stream = corpus.extractfile(f"hutto_ICWSM_2014/{member}")
-                assert stream is not None
-                lines = stream.read().decode("utf-8-sig").splitlines()
+        lines = list(_lines(archive, member))
         with (folder / out).open("w", encoding="utf-8", newline="") as target:
             writer = csv.writer(target, lineterminator="\n")
-            documents = "_" in lines[0].split("\t")[0]
+            documents = "_" in lines[0][0]
             writer.writerow(["id", *(["document"] if documents else []), text, "label", "valence"])
-            for line in lines:
-                name, valence, sentence = line.split("\t")
+            for name, valence, sentence in lines:
                 if abs(float(valence)) >= 0.5 and sentence.strip():
                     label = "positive" if float(valence) > 0 else "negative"
                     writer.writerow([name, *([name.partition("_")[0]] if documents else []), sentence.strip(), label, valence])
 
     return unpack
+
+
+def _sentences(*members: str) -> Callable[[Path, Path], None]:
+    """The sentences of some of Hutto & Gilbert's corpora, whatever their ratings, one a line; each once."""
+
+    def unpack(archive: Path, folder: Path) -> None:
+        found = dict.fromkeys(sentence.strip() for member in members for _, _, sentence in _lines(archive, member) if sentence.strip())
+        (folder / "sentences.txt").write_text("".join(f"{sentence}\n" for sentence in found), encoding="utf-8")
+
+    return unpack
+
+
+def _lines(archive: Path, member: str) -> Iterator[list[str]]:
+    """Name, rating and sentence, of each line of a corpus."""
+    with tarfile.open(archive) as sdist:
+        inner = sdist.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+        assert inner is not None
+        with tarfile.open(fileobj=io.BytesIO(inner.read())) as corpus:
+            stream = corpus.extractfile(f"hutto_ICWSM_2014/{member}")
+            assert stream is not None
+            yield from (line.split("\t") for line in stream.read().decode("utf-8-sig").splitlines())
 
 
 _VADER: dict[str, Any] = {
@@ -70,6 +84,12 @@ EXAMPLES: dict[str, Example] = {
         unpack=_rated_sentences("tweets_GroundTruth.txt", "tweets.csv", "tweet"),
         main="tweets.csv",
         about="3,432 tweets, positive or negative",
+        **_VADER,
+    ),
+    "sentences": Example(
+        unpack=_sentences("amazonReviewSnippets_GroundTruth.txt", "tweets_GroundTruth.txt"),
+        main="sentences.txt",
+        about="raw text: product-review sentences and tweets, one a line",
         **_VADER,
     ),
 }

@@ -55,7 +55,7 @@ def train_and_validation(prepared: PreparedData) -> PreparedData:
 def refit(won: JobConfig, job: JobConfig, prepared: PreparedData, searched: SearchRecord, folder: Folder, display: Display) -> TrainRecord:
     """Trains the winner's job `won` once more, on `prepared`, for the epochs after which it was best, with the resources of `job`.
 
-    There is nothing left to choose a checkpoint by, so it is the last one.
+    There is nothing left to choose a checkpoint by, so it is the last one, nor to calibrate the task by: it stays as the winner's.
     """
     best = trial(searched).best
     if best is None:
@@ -71,7 +71,8 @@ def refit(won: JobConfig, job: JobConfig, prepared: PreparedData, searched: Sear
     resources = job.resources if won.training.per_device_train_batch_size is None else won.resources
     again = won.model_copy(update={"training": won.training.model_copy(update=changes), "resources": resources})
     display.say(f"trains on {prepared.splits['train'].rows:,} rows, validation rows among them, for {epochs:.3g} epochs")
-    return training.train(again, prepared, folder, display)
+    calibrated = prepared.model_copy(update={"task": prepared.task.calibrate(best)})
+    return training.train(again, calibrated, folder, display)
 
 
 def compare(

@@ -12,6 +12,8 @@ TASKS: dict[str, str] = {
     "text-classification": "orchestrator.tasks.text_classification:TextClassification",
     "text-generation": "orchestrator.tasks.text_generation:TextGeneration",
     "text2text": "orchestrator.tasks.text2text:Text2Text",
+    "question-answering": "orchestrator.tasks.question_answering:QuestionAnswering",
+    "masked-lm": "orchestrator.tasks.masked_lm:MaskedLM",
 }
 
 

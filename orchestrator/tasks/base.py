@@ -97,6 +97,13 @@ class Task(Schema):
         For tasks whose target stands within an input, so that the columns alone don't say whether a row has it.
         """
 
+    def joined(self, row: Row, following: Row) -> Row | None:
+        """One clean row in place of two that follow one another in a file, or None: they stay two rows.
+
+        Asked by prepare, not for prediction; the row keeps the id of its first. For tasks that read neighbouring rows as one text.
+        """
+        return None
+
     def observe(self, rows: Sequence[Row]) -> Observation:
         """What `fit` must know of these clean rows, as counts: small, and independent of the number of rows."""
         return {"rows": len(rows)}
@@ -164,6 +171,10 @@ class Task(Schema):
         """One numpy output for each example; the model is in eval mode and gradients are off. Ignores targets."""
         raise NotImplementedError
 
+    def spell(self, outputs: Sequence[Any], processor: Any) -> list[Any]:
+        """Outputs of `infer` with what only the processor knows of them, such as the texts of tokens, for `decode`."""
+        return list(outputs)
+
     # ---- answers ---------------------------------------------------------------------------------------------
     def decode(self, row: Row, outputs: Sequence[Any]) -> Prediction:
         """The prediction for a row from the outputs of its examples."""
@@ -184,6 +195,13 @@ class Task(Schema):
     def metrics(self) -> tuple[str, ...]:
         """Names that `score` and `of_loss` know, the default ones first."""
         raise NotImplementedError
+
+    def calibrate(self, metrics: Mapping[str, float]) -> Self:
+        """The task as it is served: with the thresholds that `score` found in the best validation (empty: there was none).
+
+        Asked once, when the bundle is written; evaluation, golden rows and the endpoint have what it gives.
+        """
+        return self
 
     @property
     def objective(self) -> str:

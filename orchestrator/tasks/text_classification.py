@@ -293,16 +293,16 @@ class TextClassification(Task):
     def _row_from(self, item: Any, where: str) -> Row:
         row = {"text": item} if isinstance(item, str) else item
         if not isinstance(row, dict):
-            raise InputError(f'`{where}` is {_short(item)}; it must be a text or {{"text": …, "text_pair": …}}.')
+            raise InputError(f'`{where}` is {texts.short(item)}; it must be a text or {{"text": …, "text_pair": …}}.')
         if unknown := row.keys() - {"text", "text_pair"}:
             raise InputError(f"`{where}` has the unknown key {min(unknown)!r}; it may have text and text_pair.")
         for key, value in row.items():
             if not isinstance(value, str):
-                raise InputError(f"`{where}.{key}` is {_short(value)}; it must be a text.")
+                raise InputError(f"`{where}.{key}` is {texts.short(value)}; it must be a text.")
         try:
             return self.clean(row)
         except RowError as error:
-            raise InputError(f"`{where}`: expected {error.expected}, found {_short(error.found)}.") from error
+            raise InputError(f"`{where}`: expected {error.expected}, found {texts.short(error.found)}.") from error
 
     def inputs_from(self, row: Row) -> Any:
         """The text, or `{"text": …, "text_pair": …}` where the row has a pair."""
@@ -336,11 +336,6 @@ class TextClassification(Task):
         """Label by label: labels whose scores are almost equal may stand in either order."""
         by_label = [[{entry["label"]: entry["score"] for entry in entries} for entries in answers] for answers in (one, other)]
         return largest_difference(*by_label)
-
-
-def _short(value: Any) -> str:
-    text = ascii(value) if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _logits(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

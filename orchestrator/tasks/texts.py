@@ -32,6 +32,12 @@ def clean_text(column: str, value: Any) -> str:
     return value
 
 
+def short(value: Any) -> str:
+    """A value that a client sent, for a sentence about it."""
+    text = ascii(value) if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
 def limit(processor: Any, max_length: int | None) -> int:
     """Most tokens of an example, special tokens included."""
     known = int(processor.model_max_length) if processor.model_max_length < 1_000_000 else DEFAULT_MAX_LENGTH

