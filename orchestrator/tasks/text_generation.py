@@ -137,10 +137,11 @@ class TextGeneration(Task):
             ids = [processor.bos_token_id if processor.bos_token_id is not None else processor.pad_token_id]
         whole = [*ids, *([] if end is None else [end])]
         examples: list[Example] = []
-        for start in range(0, len(whole), limit):
+        for start in range(
+            0, max(1, len(whole) - 1), limit - 1
+        ):  # A part begins with the last token of the one before, to foretell its next from.
             part = whole[start : start + limit]
-            if len(part) > 1 or not examples:  # A single token has none before it to be foretold from.
-                examples.append({"tokens": part, "labels": [IGNORED, *part[1:]], "input_ids": []})
+            examples.append({"tokens": part, "labels": [IGNORED, *part[1:]], "input_ids": []})
         prompt = ids[-room:]
         examples[-1] |= {"input_ids": prompt, "generate": _within(settings, limit - len(prompt)).to_json()}
         return examples
