@@ -175,6 +175,24 @@ def test_the_oldest_turns_of_a_long_conversation_are_left_out_and_counted(chatml
     assert limited.encode([{"messages": row["messages"]}], chatml)[0][0]["input_ids"] == cut["input_ids"]
 
 
+def test_no_more_of_a_long_conversation_is_left_out_than_must_be(chatml):
+    turns = [{"role": role, "content": f"turn {place}"} for place, role in enumerate(["user", "assistant"] * 30 + ["user"])]
+    for head in ([], [{"role": "system", "content": "Be kind."}]):
+        row = {"messages": [*head, *turns]}
+        for room in (24, 40, 60, 100):
+            [[example]] = task(max_length=room + 4, generate={"max_new_tokens": 4}).encode([row], chatml)
+            fitting = [
+                ids for drop in range(0, len(turns), 2) if len(ids := chat.tokens(chatml, [*head, *turns[drop:]], None).prompt) <= room
+            ]
+            assert example["input_ids"] == (fitting[0] if fitting else chat.tokens(chatml, turns[-1:], None).prompt[-room:])
+
+
+def test_a_tiny_temperature_draws_the_likeliest_token():
+    scores = torch.tensor([1.0, 3.0, 2.0])
+    for temperature in (1e-300, 1e-6):
+        assert generation._drawn(scores, Generation(do_sample=True, temperature=temperature), 0.9) == 1
+
+
 def test_a_long_text_is_learnt_whole_in_parts(gpt2):
     made = processors.of(task(), gpt2)
     text = "The capital of France is Paris. " * 20
