@@ -62,13 +62,10 @@ def clean(row: Row) -> Row | None:
         turns = _turns(column, row[column])
     if not missing(row.get("system")) and turns[0]["role"] != "system" and str(row["system"]).strip():
         turns = [{"role": "system", "content": clean_text("system", row["system"])}, *turns]
-    answer = None if missing(row.get(answer_column)) else _answer(answer_column, row[answer_column])
-    order = _order(turns)
-    _check_order(column, turns)
+    answer, whole = None if missing(row.get(answer_column)) else _answer(answer_column, row[answer_column]), list(turns)
     if turns[-1]["role"] == "assistant" and answer is None and column != "prompt":
         answer = turns.pop()["content"]
-    if turns[-1]["role"] != "user":
-        raise RowError(column, "the user to have the last word before the answer", order)
+    _check_order(column, turns, whole)
     return {"messages": turns, **({} if answer is None else {"completion": answer})}
 
 
@@ -118,14 +115,16 @@ def _answer(column: str, value: Any) -> str:
     return clean_text(column, value)
 
 
-def _check_order(column: str, turns: Sequence[Turn]) -> None:
-    """A system turn first at most; then user and assistant in turn, the user first."""
+def _check_order(column: str, turns: Sequence[Turn], whole: Sequence[Turn]) -> None:
+    """A system turn first at most; then user and assistant in turn, from a user's turn to a user's turn. `whole`: with the answer, where it stood there."""
     spoken = [turn["role"] for turn in turns[1 if turns and turns[0]["role"] == "system" else 0 :]]
     if not spoken:
-        raise RowError(column, "a turn of the user before the assistant's answer", _order(turns) or "none")
-    for place, role in enumerate(spoken):
-        if role != ("user", "assistant")[place % 2]:
-            raise RowError(column, "user and assistant to take turns, the user first, after one system turn at most", _order(turns))
+        raise RowError(column, "a turn of the user before the assistant's answer", _order(whole) or "none")
+    turn_about = all(role == ("user", "assistant")[place % 2] for place, role in enumerate(spoken))
+    if not turn_about or (spoken[-1] != "user" and len(whole) > len(turns)):
+        raise RowError(column, "user and assistant to take turns, the user first, after one system turn at most", _order(whole))
+    if spoken[-1] != "user":
+        raise RowError(column, "the user to have the last word before the answer", _order(whole))
 
 
 def _order(turns: Sequence[Turn]) -> str:

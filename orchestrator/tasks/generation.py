@@ -61,7 +61,7 @@ class Generation(Schema):
 class BeamGeneration(Generation):
     """How an encoder-decoder's texts are generated."""
 
-    num_beams: Annotated[int, Field(gt=0)] | None = None
+    num_beams: Annotated[int, Field(gt=0, le=64)] | None = None
     """Texts kept while searching for the likeliest; 1: always the likeliest next token. None: as the base model says, else 1."""
     length_penalty: float | None = None
     """num_beams: above 0 longer texts are preferred. None: as the base model says, else 1."""
@@ -375,8 +375,8 @@ def _drawn(scores: torch.Tensor, settings: Generation, point: float) -> int:
     """The token at `point` (0 to 1) of the distribution that temperature, top_k and top_p leave."""
     import torch
 
-    values, order = (scores / settings.temperature).sort(descending=True, stable=True)
-    probabilities = values[: settings.top_k].softmax(-1).double()
+    values, order = ((scores - scores.max()).double() / settings.temperature).sort(descending=True, stable=True)
+    probabilities = values[: settings.top_k].softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     probabilities = torch.where(before < settings.top_p, probabilities, 0.0)
     ends = probabilities.cumsum(-1)

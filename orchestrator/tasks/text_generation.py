@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import inspect
 import math
@@ -106,11 +107,14 @@ class TextGeneration(Task):
 
     def _encode_conversation(self, row: Row, processor: Any) -> Example:
         limit, room, settings = self._limits(row, processor)
-        turns, cut = row["messages"], False
-        found = chat.tokens(processor, turns, row.get("completion"))
-        while len(found.prompt) > room and (shorter := _without_oldest(turns)):
-            turns, cut = shorter, True
-            found = chat.tokens(processor, turns, row.get("completion"))
+        turns, answer = row["messages"], row.get("completion")
+        found = chat.tokens(processor, turns, answer)
+        most = _droppable(turns)
+        if cut := len(found.prompt) > room and most > 0:
+            fits = bisect.bisect_left(
+                range(most), True, lo=1, key=lambda count: len(chat.tokens(processor, _without(turns, count), None).prompt) <= room
+            )
+            found = chat.tokens(processor, _without(turns, fits), answer)
         drop = max(0, len(found.prompt) - room)
         prompt = found.prompt[drop:]
         example: Example = {"input_ids": prompt, "generate": _within(settings, limit - len(prompt)).to_json()}
@@ -138,7 +142,7 @@ class TextGeneration(Task):
         examples: list[Example] = []
         for start in range(
             0, max(1, len(whole) - 1), limit - 1
-        ):  # A part begins with the last token of the one before it, which it is foretold from.
+        ):  # A part begins with the last token of the one before, to foretell its next from.
             part = whole[start : start + limit]
             examples.append({"tokens": part, "labels": [IGNORED, *part[1:]], "input_ids": []})
         prompt = ids[-room:]
@@ -330,11 +334,17 @@ class TextGeneration(Task):
         return generation_requests.answer_difference(one, other)
 
 
-def _without_oldest(turns: Sequence[conversations.Turn]) -> list[conversations.Turn]:
-    """A conversation without its first question and answer, or without its system turn where only the last question is left; empty: no shorter."""
+def _droppable(turns: Sequence[conversations.Turn]) -> int:
+    """Most that `_without` can take of a conversation: all questions with their answers, and the system turn."""
+    head = turns[0]["role"] == "system"
+    return (len(turns) - head) // 2 + head
+
+
+def _without(turns: Sequence[conversations.Turn], count: int) -> list[conversations.Turn]:
+    """A conversation without its oldest `count` questions and answers; the system turn goes last, when only the last question is left."""
     head = list(turns[:1]) if turns[0]["role"] == "system" else []
     rest = turns[len(head) :]
-    return [*head, *rest[2:]] if len(rest) > 2 else list(rest) if head else []
+    return [*head, *rest[2 * count :]] if 2 * count < len(rest) else list(rest[-1:])
 
 
 def _within(settings: Generation, room: int) -> Generation:

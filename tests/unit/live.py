@@ -73,3 +73,13 @@ def endpoint(engine: Any) -> Iterator[str]:
             server.should_exit = True
             thread.join(30)
             batcher.close()
+
+
+def client(url: str, monkeypatch: Any) -> Any:
+    """An unmodified `huggingface_hub.InferenceClient` that asks the endpoint, and looks nothing up on the hub."""
+    from huggingface_hub import InferenceClient
+    from huggingface_hub.utils import _detect_agent
+
+    monkeypatch.setattr(_detect_agent, "_registry", {})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return InferenceClient(model=url)

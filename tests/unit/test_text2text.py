@@ -1,5 +1,7 @@
 """Translation and summarization: languages, targets, searching for texts, and what clients get."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,11 +11,12 @@ from orchestrator.tasks import create, generation, text_scores
 from orchestrator.tasks.base import RowError
 from orchestrator.tasks.generation import BeamGeneration, Prompts
 from tests.fixtures.tiny_generation import encoder_decoder
+from tests.unit import live
 
 TEXTS = ["Save the file", "Open a new document", "保存文件", "打开新文档", "summarize: a long text"]
 
 
-def task(**fields):
+def task(**fields) -> Any:
     return create({"name": "text2text", **fields})
 
 
@@ -82,14 +85,14 @@ def test_the_loss_is_the_models_own_but_for_its_mean(kind, t5, bart):
     batch = one.collate([examples[0] for examples in one.encode(rows, made)], made)
     total, items = one.loss(model, batch)
     own = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
-    assert float(total.detach()) / items == pytest.approx(float(own.detach()), rel=1e-5)
+    assert total.item() / items == pytest.approx(own.item(), rel=1e-5)
     smoothed, _ = one.loss(model, batch, label_smoothing=0.1)
     from transformers.trainer_pt_utils import LabelSmoother
 
     theirs = LabelSmoother(epsilon=0.1)(
         {"logits": model(**{key: batch[key] for key in ("input_ids", "attention_mask", "labels")}).logits}, batch["labels"]
     )
-    assert float(smoothed.detach()) / items == pytest.approx(float(theirs.detach()), rel=1e-5)
+    assert smoothed.item() / items == pytest.approx(theirs.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
@@ -147,13 +150,7 @@ def multilingual(tmp_path_factory):
 
 
 def test_a_multilingual_model_is_told_its_languages(multilingual, tmp_path):
-    one = task(
-        source_lang="eng_Latn",
-        target_lang="zho_Hans",
-        max_source_length=32,
-        max_target_length=32,
-        generate={"num_beams": 1, "max_new_tokens": 4},
-    )
+    one = task(source_lang="eng_Latn", target_lang="zho_Hans", max_target_length=32, generate={"num_beams": 1, "max_new_tokens": 4})
     made = processors.of(one, multilingual)
     [[example]] = one.encode([{"source": "Save the file", "target": "保存"}], made)
     assert made.convert_ids_to_tokens(example["input_ids"])[0] == "eng_Latn"
@@ -225,13 +222,15 @@ def test_parameters_of_a_request():
     assert entry == [{"translation_text": "Hello, it's me."}]
 
 
-def test_the_hugging_face_client_translates_and_summarizes(t5, bart):
-    from tests.unit.served import client, engine
-
-    with client(engine(task(source_lang="en", target_lang="zh", max_target_length=6), t5)) as ask:
+def test_the_hugging_face_client_translates_and_summarizes(t5, bart, tmp_path, monkeypatch):
+    engine = live.predictor(task(source_lang="en", target_lang="zh", max_target_length=6), t5, tmp_path / "translator")
+    with live.endpoint(engine) as url:
+        ask = live.client(url, monkeypatch)
         assert isinstance(ask.translation("Save").translation_text, str)
         assert isinstance(ask.translation("Save", src_lang="en", tgt_lang="zh", generate_parameters={"num_beams": 2}).translation_text, str)
         with pytest.raises(Exception, match="was trained for 'zh'"):
             ask.translation("Save", src_lang="en", tgt_lang="de")
-    with client(engine(task(problem="summarization", max_target_length=6), bart)) as ask:
+    engine = live.predictor(task(problem="summarization", max_target_length=6), bart, tmp_path / "summarizer")
+    with live.endpoint(engine) as url:
+        ask = live.client(url, monkeypatch)
         assert isinstance(ask.summarization("A long text.").summary_text, str)

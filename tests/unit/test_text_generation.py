@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from orchestrator.errors import InputError
 from orchestrator.tasks import chat, create, generation
 from orchestrator.tasks.base import RowError
 from orchestrator.tasks.generation import Generation, Prompts
+from orchestrator.tasks.text_generation import IGNORED
 from tests.fixtures.tiny_generation import CHATML, MARKED, decoder, tokenizer
+from tests.unit import live
 
 TEXTS = ["The capital of France is Paris.", "Hello, how are you today?", "User: Assistant: system user assistant", "你好 🙂"]
 TALK = [
@@ -22,7 +25,7 @@ TALK = [
 ]
 
 
-def task(**fields):
+def task(**fields) -> Any:
     return create({"name": "text-generation", **fields})
 
 
@@ -172,13 +175,30 @@ def test_the_oldest_turns_of_a_long_conversation_are_left_out_and_counted(chatml
     assert limited.encode([{"messages": row["messages"]}], chatml)[0][0]["input_ids"] == cut["input_ids"]
 
 
+def test_no_more_of_a_long_conversation_is_left_out_than_must_be(chatml):
+    turns = [{"role": role, "content": f"turn {place}"} for place, role in enumerate(["user", "assistant"] * 30 + ["user"])]
+    for head in ([], [{"role": "system", "content": "Be kind."}]):
+        row = {"messages": [*head, *turns]}
+        for room in (24, 40, 60, 100):
+            [[example]] = task(max_length=room + 4, generate={"max_new_tokens": 4}).encode([row], chatml)
+            fitting = [
+                ids for drop in range(0, len(turns), 2) if len(ids := chat.tokens(chatml, [*head, *turns[drop:]], None).prompt) <= room
+            ]
+            assert example["input_ids"] == (fitting[0] if fitting else chat.tokens(chatml, turns[-1:], None).prompt[-room:])
+
+
+def test_a_tiny_temperature_draws_the_likeliest_token():
+    scores = torch.tensor([1.0, 3.0, 2.0])
+    for temperature in (1e-300, 1e-6):
+        assert generation._drawn(scores, Generation(do_sample=True, temperature=temperature), 0.9) == 1
+
+
 def test_a_long_text_is_learnt_whole_in_parts(gpt2):
     made = processors.of(task(), gpt2)
     text = "The capital of France is Paris. " * 20
     [parts] = task(problem="text", max_length=32, generate={"max_new_tokens": 8}).encode([{"text": text}], made)
-    whole = [*made(text)["input_ids"], made.eos_token_id]
-    assert [whole[0], *(label for part in parts for label in part["labels"][1:])] == whole
-    assert all(part["tokens"][1:] == part["labels"][1:] for part in parts)
+    learnt = [label for part in parts for label in part["labels"] if label != IGNORED]
+    assert [parts[0]["tokens"][0], *learnt] == [*made(text)["input_ids"], made.eos_token_id]
     assert [bool(part["input_ids"]) for part in parts] == [False] * (len(parts) - 1) + [True]
     assert parts[-1]["input_ids"] == made(text)["input_ids"][-24:]
 
@@ -195,7 +215,7 @@ def test_packed_is_unpacked_to_the_last_gradient(kind, llama, gpt2):
         batch = one.collate([examples[0] for examples in one.encode(rows, made)], made)
         total, items = one.loss(model, batch)
         total.backward()
-        found.append((float(total), items, torch.cat([weight.grad.flatten() for weight in model.parameters()])))
+        found.append((total.item(), items, torch.cat([weight.grad.flatten() for weight in model.parameters()])))
         assert batch["input_ids"].shape[0] == (1 if packing else 5)
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5) and found[0][1] == found[1][1]
     assert torch.allclose(found[0][2], found[1][2], atol=1e-4, rtol=1e-4)
@@ -335,7 +355,7 @@ def test_lora_learns_and_checkpoints_gradients(llama):
         optimizer.zero_grad()
         (total / items).backward()
         optimizer.step()
-        losses.append(float(total))
+        losses.append(total.item())
     assert losses[-1] < 0.5 * losses[0]
     model.eval()
     with torch.inference_mode():
@@ -426,12 +446,11 @@ def test_full_text_of_a_conversation_is_its_turns():
     assert entry == {"generated_text": "Hi Hello "}
 
 
-def test_the_hugging_face_client_gets_texts_and_details(llama):
+def test_the_hugging_face_client_gets_texts_and_details(llama, tmp_path, monkeypatch):
     """The real client, on the real application, with a real (tiny) model behind it."""
-    from tests.unit.served import client, engine
-
     one = task(problem="dialogue", generate={"max_new_tokens": 6})
-    with client(engine(one, llama)) as ask:
+    with live.endpoint(live.predictor(one, llama, tmp_path / "bundle")) as url:
+        ask = live.client(url, monkeypatch)
         text = ask.text_generation("Hello")
         assert isinstance(text, str)
         detailed = ask.text_generation("Hello", details=True, max_new_tokens=4, temperature=0.8, seed=3)
