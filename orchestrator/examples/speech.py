@@ -162,7 +162,8 @@ def _ctranslate2(content: bytes) -> dict[str, Any]:
         place += length
         return content[place - length : place - 1].decode()
 
-    number("I"), text(), number("I")  # version, specification, its revision
+    for read in (lambda: number("I"), text, lambda: number("I")):  # version, specification, its revision
+        read()
     kinds = (np.float32, np.int8, np.int16, np.int32, np.float16)
     found = {}
     for _ in range(number("I")):

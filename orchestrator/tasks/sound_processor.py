@@ -181,9 +181,8 @@ def character_tokenizer(characters: Sequence[str]) -> Any:
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
         file = Path(folder) / "vocab.json"
         file.write_text(json.dumps({token: place for place, token in enumerate(tokens)}), encoding="utf-8")
-        return Wav2Vec2CTCTokenizer(
-            str(file), unk_token="[UNK]", pad_token="[PAD]", word_delimiter_token="|", bos_token=None, eos_token=None
-        )
+        special: dict[str, Any] = {"unk_token": "[UNK]", "pad_token": "[PAD]", "bos_token": None, "eos_token": None}
+        return Wav2Vec2CTCTokenizer(str(file), word_delimiter_token="|", **special)
 
 
 def is_bundled(base: str) -> bool:
