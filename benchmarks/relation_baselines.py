@@ -1,27 +1,27 @@
-"""What one scores without a model: baselines of the recipes for relations and graphs, on the rows that a run was tested on.
+"""What one scores without a model: baselines of the recipes for relations and graphs, on the test rows.
 
-    python benchmarks/relation_baselines.py RUN_FOLDER
+    python benchmarks/relation_baselines.py RUNS/prepared/FINGERPRINT
 
 Relations: always the most frequent one, and the most frequent one of each head. Graphs: every entity alike, and entities by
 how often they stand at that end of the relation in the training rows.
 """
 
-import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from orchestrator.data.place import MANIFEST
 from orchestrator.records import PreparedData
+from orchestrator.storage import Folder
 from orchestrator.tasks.base import Row, Task
 
 
-def rows(prepared: PreparedData, split: str) -> list[Row]:
-    found = [row for file in prepared.splits[split].files for row in pq.read_table(f"{prepared.root}/{file.path}").to_pylist()]
+def rows(root: str, prepared: PreparedData, split: str) -> list[Row]:
+    found = [row for file in prepared.splits[split].files for row in pq.read_table(f"{root}/{file.path}").to_pylist()]
     return [{role: value for role, value in row.items() if value is not None and role not in ("row_id", "_row")} for row in found]
 
 
@@ -65,10 +65,10 @@ def graph(task: Any, train: list[Row], test: list[Row]) -> dict[str, dict[str, f
     }
 
 
-def main(run: str) -> None:
-    prepared = PreparedData.parse(json.loads((Path(run) / "records" / "prepare.json").read_text())["record"])
+def main(root: str) -> None:
+    prepared = PreparedData.parse((Folder(root) / MANIFEST).read_json())
     task: Task = prepared.task
-    found = (graph if hasattr(task, "known") else relations)(task, rows(prepared, "train"), rows(prepared, "test"))
+    found = (graph if hasattr(task, "known") else relations)(task, rows(root, prepared, "train"), rows(root, prepared, "test"))
     for name, scores in found.items():
         print(f"{name}: {', '.join(f'{metric} {value:.4f}' for metric, value in scores.items())}")
 

@@ -55,9 +55,11 @@ def clean_mentions(column: str, value: Any, text: str) -> list[Mention]:
     if not isinstance(value, (list, tuple)):
         raise RowError(column, "a list of mentions such as [{start: 0, end: 7}, …]", value)
     mentions = [clean_mention(column, one, text) for one in value]
-    places = [(one["start"], one["end"]) for one in mentions]
-    if twice := next((place for number, place in enumerate(places) if place in places[:number]), None):
-        raise RowError(column, "each mention once", dict(zip(("start", "end"), twice, strict=True)))
+    seen: set[tuple[int, int]] = set()
+    for one in mentions:
+        if (place := (one["start"], one["end"])) in seen:
+            raise RowError(column, "each mention once", {"start": place[0], "end": place[1]})
+        seen.add(place)
     return mentions
 
 

@@ -269,6 +269,34 @@ def test_entities_are_found_by_the_model_that_the_job_names_and_the_bundle_needs
     assert [pair["scores"] for pair in loaded(given)[0]["pairs"]] == [pytest.approx(found[0]["pairs"][place]["scores"]) for place in (1, 4)]
 
 
+def test_a_token_classification_job_finds_the_entities_that_its_endpoint_answers(tmp_path: Path):
+    import torch
+
+    from orchestrator.tasks.entity_finder import TokenizerAndFinder
+
+    ner = tasks.create({"name": "token-classification", "max_length": 12, "stride": 4})
+    ner = ner.fit({"train": ner.observe([ner.clean({"tokens": ["Anna", "met"], "tags": ["B-PER", "O"]})])})
+    base = tiny.text_base(tmp_path / "base", ["Anna works for Acme in Bern"])
+    torch.manual_seed(3)
+    bundle.write(
+        Folder(str(tmp_path / "ner")),
+        model=ner.model(base, dtype=torch.float32),
+        processor=processors.of(ner, base),
+        task=ner,
+        job={},
+        lineage={},
+        metrics={},
+    )
+    served = predictor.Predictor(bundle.load(str(tmp_path / "ner")), precision="fp32")
+    texts = ["Anna works for Acme in Bern and Otto met Anna in Bern for Acme", "👩‍👩‍👧 Anna", "\u200b"]
+    wanted = [
+        [{"start": one["start"], "end": one["end"], "type": one["label"]} for one in prediction["entities"]]
+        for prediction in served(ner.rows_from(texts))
+    ]
+    assert any(wanted)
+    assert TokenizerAndFinder.load(base, str(tmp_path / "ner")).find(texts) == wanted
+
+
 def test_what_finds_no_entities_is_refused(tmp_path: Path, finder: str):
     with pytest.raises(InputError, match="is not the bundle of a token-classification job"):
         created(entities_from=str(tmp_path)).check_base(tiny.text_base(tmp_path / "base2", ["a"]))
