@@ -51,6 +51,7 @@ class GraphCompletion(Task):
     """Link prediction: a knowledge graph's missing triples, by embeddings of its entities and relations."""
 
     parameters: ClassVar[type[Parameters]] = CompletionParameters
+    rows_at_once: ClassVar[int] = 64
     model_types: ClassVar[Mapping[str, str]] = {"graph-embedding": "orchestrator.tasks.graph_embedding:GraphEmbeddingConfig"}
 
     regularization: Annotated[float, Field(ge=0)] = 0.01
