@@ -39,7 +39,7 @@ def dialogue(archive: Path, folder: Path) -> None:
                 turns = [" ".join(str(turn).split()) for turn in conversation if turn is not None]
                 for question, answer in itertools.pairwise(turns):
                     if question and answer:
-                        row = {"question": question, "answer": answer, "topic": Path(name).stem, "asked": _letters(question)}
+                        row = {"question": question, "answer": answer, "topic": Path(name).stem, "asked": _letters(question) or question}
                         rows.setdefault((row["asked"], answer), row)
     _write(folder / "dialogue.jsonl", rows.values())
 

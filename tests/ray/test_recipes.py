@@ -28,6 +28,13 @@ RECIPES = sorted((Path(__file__).parent.parent.parent / "jobs" / "recipes").rglo
 ROWS = 8
 
 
+class Same(Batches):
+    """All examples in every step, those of a row together."""
+
+    def batch(self, epoch: int, step: int) -> list[Any]:
+        return self.examples
+
+
 def first_rows(prepared: PreparedData, split: str, count: int) -> list[dict[str, Any]]:
     roles = prepared.task.columns()
     tables = (pq.read_table(Path(prepared.root) / file.path) for file in prepared.splits[split].files)
@@ -55,7 +62,7 @@ def test_a_recipe_goes_from_its_data_to_an_answer(recipe: Path, ray_session: Any
     settings = job.training.model_copy(update={"max_steps": 2, "precision": "fp32"})
     history = list(
         loop.train(
-            task, model, processor, settings, Batches(examples, len(examples)), folder=Folder(str(tmp_path / "train")), validate=None,
+            task, model, processor, settings, Same(examples, len(examples)), folder=Folder(str(tmp_path / "train")), validate=None,
             global_batch_size=len(examples), identity="x", checkpoint=CheckpointSection(),
         )
     )  # fmt: skip
