@@ -119,7 +119,7 @@ class GraphCompletion(Task):
             )
         entities = tuple(sorted({end for head, _, tail in triples for end in (head, tail)}))
         if len(entities) < 2:
-            raise InputError(f"The graph has one entity only, {entities[0]!r}; there is nothing to rank.")
+            raise InputError(f"The graph has one entity only, {next(iter(entities))!r}; there is nothing to rank.")
         relations = tuple(sorted(train["labels"]))
         places = ({name: place for place, name in enumerate(names)} for names in (entities, relations))
         entity, relation = places
@@ -147,7 +147,7 @@ class GraphCompletion(Task):
         """Without what was computed of the fields before the update."""
         copy = super().model_copy(update=update, deep=deep)
         for name in ("_entity_places", "_relation_places", "_known"):
-            copy.__dict__.pop(name, None)
+            vars(copy).pop(name, None)
         return copy
 
     def __getstate__(self) -> dict[Any, Any]:

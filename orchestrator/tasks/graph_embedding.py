@@ -7,7 +7,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 
 @strict

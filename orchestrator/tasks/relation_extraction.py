@@ -291,7 +291,7 @@ class RelationExtraction(Task):
         if self.problem == "multi-label":
             return [1.0 if name in names else 0.0 for name in places]
         name = names[0] if names else self.no_relation
-        if name not in places:
+        if name is None or name not in places:
             raise RowError("label", f"one of {label_rules.listed(self._names)}", name)
         return places[name]
 
