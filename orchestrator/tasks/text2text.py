@@ -91,7 +91,7 @@ class Text2Text(Task):
 
     def clean(self, row: Row) -> Row:
         if not missing(row.get("source")) or self.problem != "translation" or missing(row.get("translation")):
-            found = {"source": texts.clean_text("source", row.get("source"))}
+            found: Row = {"source": texts.clean_text("source", row.get("source"))}
             if not missing(row.get("target")):
                 found["target"] = texts.clean_text("target", row["target"])
         else:
