@@ -64,7 +64,7 @@ class TextGeneration(Task):
             if self.problem == "dialogue" or missing(row.get("text")):
                 column = next((role for role in row if role in self.columns() and role != "generate"), wanted)
                 raise RowError(column, "a conversation" if self.problem == "dialogue" else "a conversation or a text", row.get(column))
-            found = {"text": texts.clean_text("text", row["text"])}
+            found = Row(text=texts.clean_text("text", row["text"]))
         if not missing(row.get("generate")) and (given := generation_requests.clean_settings(row["generate"], self.generate)):
             found["generate"] = given
         return found
