@@ -21,11 +21,12 @@ demo: install  ## fine-tune, score, register and deploy a real model on real rev
 	@$(BIN)/orchestrator run jobs/recipes/text-classification/reviews.yaml $(ARGS)
 
 check: lint  ## style, types, imports, unit and contract tests
-	$(BIN)/pytest tests/unit tests/contract $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit tests/contract -n 2 $(ARGS)
 
 test: lint  ## all tests
 	@mkdir -p build
-	$(BIN)/pytest --junitxml=build/tests.xml $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit tests/contract -n 2 --junitxml=build/unit.xml $(ARGS)
+	$(BIN)/pytest tests/ray tests/e2e tests/docs --junitxml=build/tests.xml $(ARGS)
 
 lint: dev  ## style, types and imports
 	$(BIN)/ruff check .

@@ -1,5 +1,7 @@
 """Scores of entities, which are right where start, end and label are: those of seqeval (and so of conlleval)."""
 
+from typing import Any
+
 import datasets
 import evaluate
 import seqeval.metrics
@@ -25,7 +27,8 @@ class Entities(evaluate.Metric):
     def _compute(self, predictions, references):
         if not any(tag != "O" for tags in (*predictions, *references) for tag in tags):
             return {"precision": 0.0, "recall": 0.0, "f1": 0.0}
-        report = seqeval.metrics.classification_report(references, predictions, output_dict=True, zero_division=0)
+        options: Any = {"output_dict": True, "zero_division": 0}
+        report: Any = seqeval.metrics.classification_report(references, predictions, **options)
         averages = {name: report.pop(name + " avg") for name in ("micro", "macro", "weighted")}
         result = {kind: float(averages["micro"][name]) for kind, name in _KINDS.items()}
         result |= {"f1_" + name: float(averages[name]["f1-score"]) for name in ("macro", "weighted")}
