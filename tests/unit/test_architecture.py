@@ -78,7 +78,7 @@ def test_no_task_is_asked_its_name_or_class_outside_the_tasks():
         "issubclass(found, Task)",
         "match task:\n    case _: pass",
         f"chosen = {next(iter(TASKS))!r}",
-        f"import {next(iter(CONCRETE))}",
+        f"import {sorted(CONCRETE)[0]}",
         "from orchestrator.tasks import text_classification",
     ],
 )
