@@ -15,6 +15,7 @@ from orchestrator.config import DataSection, ModelSection
 from orchestrator.data.files import SourceFile
 from orchestrator.data.spool import Reading
 from orchestrator.errors import InputError
+from orchestrator.loading import Weights
 from orchestrator.storage import Folder
 from orchestrator.tasks import create, hidden_only, masks
 from tests.fixtures.tiny import text_base
@@ -182,7 +183,7 @@ def test_adapters_and_data_parallel_wrappers_keep_the_gate(base, tokenizer):
             return self.module(**inputs)
 
     assert of.loss(Wrapper(model), batch)[0].item() == pytest.approx(plain)
-    adapted = models.with_adapters(copy.deepcopy(model), ModelSection.model_validate({"base": base, "lora": {}}), [])
+    adapted = models.with_adapters(copy.deepcopy(model), ModelSection.model_validate({"base": base, "lora": {}}), Weights())
     assert of.loss(adapted, batch)[0].item() == pytest.approx(plain)
 
 

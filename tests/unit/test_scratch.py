@@ -86,11 +86,11 @@ def test_an_image_and_a_sound_model_have_the_processor_of_their_type(tmp_path: P
     ):
         kind = type("Other", (type(task),), {"modality": modality})
         asked = section(base, processor=given)
-        scratch._save_processor(asked, kind(), scratch._config(asked), tmp_path / modality) if (
+        scratch._save_processor(asked, kind(), scratch._config(asked, kind()), tmp_path / modality) if (
             tmp_path / modality
         ).mkdir() is None else None
         auto = AutoImageProcessor if modality == "image" else AutoFeatureExtractor
         found = auto.from_pretrained(tmp_path / modality).to_dict()
         assert {name: found[name] for name in given} == given
         with pytest.raises(InputError, match=r"has a processor|processor that has no 'sise'"):
-            scratch._save_processor(section(base, processor={"sise": 3}), kind(), scratch._config(asked), tmp_path / modality)
+            scratch._save_processor(section(base, processor={"sise": 3}), kind(), scratch._config(asked, kind()), tmp_path / modality)
