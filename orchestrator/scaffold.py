@@ -61,7 +61,8 @@ def propose(data: str, tasks: Sequence[str]) -> Proposal:
         except InputError as error:
             refusal = refusal or error
             continue
-        found += [(round(task_class(task).fits(peek.columns, peek.rows, peek.format), 3), task, peek, format) for task in tasks]
+        rows = [_beside(peek.files[0], row) for row in peek.rows]
+        found += [(round(task_class(task).fits(peek.columns, rows, peek.format), 3), task, peek, format) for task in tasks]
         if format is None and peek.format != "json":  # every other format could be read as lines, or as nothing else
             break
     if not found:
@@ -73,6 +74,14 @@ def propose(data: str, tasks: Sequence[str]) -> Proposal:
         raise InputError(f"init: no task fits the columns {columns} of {data!r}; say which it is with --task: {', '.join(tasks)}.")
     near = [one for one in found if one[3] == format and one[1] != task and one[0] >= max(LIKELY, 0.6 * score)]
     return Proposal(task, peek, format, tuple(name for _, name, _, _ in sorted(near, key=lambda one: -one[0])))
+
+
+def _beside(file: files.SourceFile, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with paths of images and sounds that can be opened from here: such paths are relative to the first file."""
+    return {
+        name: sources.located(file, value) if isinstance(value, str) and files.media_kind(value) in ("image", "audio") else value
+        for name, value in row.items()
+    }
 
 
 def _formats() -> list[str | None]:

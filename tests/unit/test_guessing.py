@@ -137,6 +137,15 @@ def test_a_second_choice_is_named(here: Path) -> None:
     assert "might be" in scaffold.new(None, "data.csv", here / "job.yaml")
 
 
+def test_pictures_that_a_table_names_lie_beside_it(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for number in range(4):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "pictures.csv").write_text("image,label\n" + "\n".join(f"{n % 4}.png,{'ab'[n % 2]}" for n in range(30)))
+    assert scaffold.propose(str(tmp_path / "pictures.csv"), list(TASKS)).task == "image-classification"
+
+
 def test_data_for_no_task_is_said(here: Path) -> None:
     (here / "numbers.csv").write_text("a,b\n" + "\n".join(f"{n},{n}" for n in range(30)))
     with pytest.raises(InputError, match=r"init: no task fits the columns 'a', 'b' of 'numbers.csv'; say which it is with --task"):
