@@ -18,5 +18,5 @@ EXAMPLES: dict[str, Example] = {
 }
 
 
-UNPACKING = 1
+UNPACKING = 2
 """Raised when an `unpack` changes: what was taken out before is taken out anew."""
