@@ -93,7 +93,7 @@ def with_adapters(model: torch.nn.Module, section: ModelSection, found: Weights,
 def check(task: Task, section: ModelSection) -> None:
     """Raises `InputError` where the base model has not what a job wants to adapt, freeze or drop out; reads no weights.
 
-    `task` is completed. What can't be told of a model without its weights is told when it is loaded.
+    `task` is completed. A model that can't be made without its weights, as where a task tries it out, is looked at when it is loaded.
     """
     from orchestrator import adapters, anatomy, freezing
 
@@ -102,7 +102,7 @@ def check(task: Task, section: ModelSection) -> None:
     try:
         with quiet(), weightless():
             model = task.model(resolve(section.base, section.revision), **from_hub(section))
-    except Exception as error:  # noqa: BLE001  a task may do with the weights what can't be done without them
+    except (AttributeError, NotImplementedError, OSError, RuntimeError, TypeError) as error:  # what torch and transformers raise on `meta`
         log.debug("The model can't be looked at before it is loaded: %s", error)
         return
     if section.head_dropout is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from orchestrator.data import files as _files
 from orchestrator.data.files import SourceFile
 from orchestrator.data.readers import BadRow, records
 from orchestrator.errors import InputError, did_you_mean, nearest
-from orchestrator.tasks.base import Column
+from orchestrator.tasks.base import BASE64_FILE, Column
 
 if TYPE_CHECKING:
     import ray.data
@@ -26,8 +25,6 @@ TASK_BYTES = 16_000_000
 """Small files are read together, by tasks of about so much; a larger file is one task."""
 BLOCK_BYTES = 8_000_000
 """Text in a block that `read` yields, roughly."""
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{100,}={0,2}\s*")
-"""A file's content in a column of images or sounds. No path is so long without a dot, a dash or an underscore."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def peek(section: DataSection, split: str = "train", rows: int = 200, *, found: 
 def located(file: SourceFile, value: Any) -> Any:
     """What stands in a column of images or sounds, with a path in it made one that can be opened from anywhere."""
     if isinstance(value, str):
-        return value if _BASE64.fullmatch(value) else file.beside(value)
+        return value if BASE64_FILE.fullmatch(value) else file.beside(value)
     if isinstance(value, dict) and isinstance(value.get("path"), str) and value.get("bytes") is None:
         return {**value, "path": file.beside(value["path"])}
     return value

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator
 
 from orchestrator.errors import InputError
+from orchestrator.tasks import heads, rankings, sounds
 from orchestrator.tasks import labels as label_rules
-from orchestrator.tasks import sounds
 from orchestrator.tasks.base import Column, Example, Observation, Parameters, Prediction, Row, RowError, Task, largest_difference
 from orchestrator.tasks.classification_scores import applied
 from orchestrator.tasks.sound_augmentation import SoundAugment
@@ -148,16 +148,8 @@ class AudioClassification(Task):
 
     def check_base(self, base: str, **from_hub: Any) -> Any:
         """The config of the base model. Raises `InputError` where transformers has no such head for it."""
-        from transformers import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING, AutoConfig
-
-        config = AutoConfig.from_pretrained(base, **from_hub)
-        remote = "AutoModelForAudioClassification" in (getattr(config, "auto_map", None) or {})
-        if type(config) not in MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING and not remote:
-            raise InputError(
-                f"model.base: {base!r} is a {config.model_type!r} model, for which transformers has no audio-classification head; "
-                "choose wav2vec2, hubert, wavlm, an audio-spectrogram-transformer, or Whisper, whose encoder is used."
-            )
-        return config
+        advice = "wav2vec2, hubert, wavlm, an audio-spectrogram-transformer, or Whisper, whose encoder is used"
+        return heads.config_with_head(base, "AutoModelForAudioClassification", "audio-classification head", advice, **from_hub)
 
     def model(self, base: str, **options: Any) -> torch.nn.Module:
         """`AutoModelForAudioClassification` with this task's labels; a head for other labels is replaced by a fresh one."""
@@ -165,10 +157,9 @@ class AudioClassification(Task):
 
         from orchestrator.tasks import sound_models
 
-        from_hub = {key: options[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in options}
+        from_hub = heads.from_hub(options)
         config = sound_models.settle(self.check_base(base, **from_hub))
-        config.id2label = dict(enumerate(self._names))
-        config.label2id = {name: place for place, name in enumerate(self._names)}
+        heads.name_labels(config, self._names)
         model = AutoModelForAudioClassification.from_pretrained(base, config=config, ignore_mismatched_sizes=True, **options)
         if config.model_type == "whisper":
             sound_models.shorten(model, self.max_length_s)
@@ -245,24 +236,12 @@ class AudioClassification(Task):
             scores = prediction["scores"]
             if parameters.function_to_apply != "softmax":
                 scores = dict(zip(self._names, applied(parameters.function_to_apply, prediction["logits"]), strict=True))
-            ranked = sorted(scores.items(), key=lambda item: -item[1])[: parameters.top_k]
-            answers.append([{"label": name, "score": score} for name, score in ranked])
+            answers.append(rankings.scored_labels(scores, parameters.top_k))
         return answers[0] if single else answers
 
     def answer_schema(self) -> dict[str, Any]:
-        one = {
-            "type": "object",
-            "properties": {"label": {"type": "string"}, "score": {"type": "number"}},
-            "required": ["label", "score"],
-            "additionalProperties": False,
-        }
-        several = {"type": "array", "items": one, "minItems": 1}
-        return {"anyOf": [several, {"type": "array", "items": several}]}
+        return {"anyOf": [rankings.SCORED_LABELS, {"type": "array", "items": rankings.SCORED_LABELS}]}
 
     def answer_difference(self, one: Any, other: Any) -> float:
-        """Label by label: labels whose scores are almost equal may stand in either order."""
-        by_label = [
-            [{entry["label"]: entry["score"] for entry in entries} for entries in ([answer] if isinstance(answer[0], dict) else answer)]
-            for answer in (one, other)
-        ]
-        return largest_difference(*by_label)
+        """Label by label; one that only one answer has counts from the least score of the other: it came just below."""
+        return rankings.labels_difference(one, other)

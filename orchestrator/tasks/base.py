@@ -12,6 +12,7 @@ one example (numpy); a *prediction* is the JSON-able answer to one row.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -22,6 +23,8 @@ from orchestrator.schema import Schema
 if TYPE_CHECKING:
     import torch
 
+BASE64_FILE = re.compile(r"[A-Za-z0-9+/\s]{100,}={0,2}\s*")
+"""A file's content in a column of images or sounds. No path is so long without a dot, a dash or an underscore."""
 PARTNER = "_partner"
 """Where a row to train on carries another one, for a task that `mixes`."""
 

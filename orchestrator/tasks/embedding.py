@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from orchestrator.errors import InputError, did_you_mean
-from orchestrator.tasks import contrastive, embedding_requests, embedding_scores, texts, vectors
+from orchestrator.tasks import contrastive, embedding_requests, embedding_scores, heads, texts, vectors
 from orchestrator.tasks import labels as label_rules
 from orchestrator.tasks.base import Column, Example, Observation, Prediction, Row, RowError, Task
 from orchestrator.tasks.contrastive import FIRST, Relation
@@ -221,7 +221,7 @@ class Embedding(Task):
         """`AutoModel` without the pooling layer of its pretraining, which no vector goes through."""
         from transformers import AutoModel
 
-        from_hub = {key: options[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in options}
+        from_hub = heads.from_hub(options)
         self.check_base(base, **from_hub)
         self._compare_pooling(base)
         model = AutoModel.from_pretrained(base, **options)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from orchestrator.errors import InputError
-from orchestrator.tasks import classification_scores, images
+from orchestrator.tasks import classification_scores, heads, images, rankings
 from orchestrator.tasks import labels as label_rules
 from orchestrator.tasks.augmentation import Augment
 from orchestrator.tasks.base import PARTNER, Column, Example, Observation, Parameters, Prediction, Row, RowError, Task, largest_difference
@@ -198,15 +198,8 @@ class ImageClassification(Task):
     # ---- model -----------------------------------------------------------------------------------------------
     def check_base(self, base: str, **from_hub: Any) -> Any:
         """The config of the base model. Raises `InputError` where it has no such head or reads no pictures of 1 or 3 channels."""
-        from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig
-
-        config = AutoConfig.from_pretrained(base, **from_hub)
-        remote = "AutoModelForImageClassification" in (getattr(config, "auto_map", None) or {})
-        if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and not remote:
-            raise InputError(
-                f"model.base: {base!r} is a {config.model_type!r} model, for which transformers has no image-classification head; "
-                "choose one such as ResNet, ConvNeXt, ViT, Swin, DINOv2, MobileNet or EfficientNet."
-            )
+        advice = "one such as ResNet, ConvNeXt, ViT, Swin, DINOv2, MobileNet or EfficientNet"
+        config = heads.config_with_head(base, "AutoModelForImageClassification", "image-classification head", advice, **from_hub)
         if getattr(config, "num_channels", 3) not in (1, 3):
             raise InputError(f"model.base: {base!r} reads images of {config.num_channels} channels; 3 (RGB) or 1 (grey) can be given.")
         return config
@@ -217,10 +210,9 @@ class ImageClassification(Task):
 
         from orchestrator.tasks import batch_norm
 
-        from_hub = {key: options[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in options}
+        from_hub = heads.from_hub(options)
         config = self.check_base(base, **from_hub)
-        config.id2label = dict(enumerate(self._names))
-        config.label2id = {name: place for place, name in enumerate(self._names)}
+        heads.name_labels(config, self._names)
         config.problem_type = {"single-label": "single_label_classification", "multi-label": "multi_label_classification"}[self.problem]
         model = AutoModelForImageClassification.from_pretrained(base, config=config, ignore_mismatched_sizes=True, **options)
         batch_norm.settle(model, self.batch_norm)
@@ -320,26 +312,15 @@ class ImageClassification(Task):
             scores = prediction["scores"]
             if function != self._default_function:
                 scores = dict(zip(self._names, classification_scores.applied(function, prediction["logits"]), strict=True))
-            ranked = sorted(scores.items(), key=lambda item: -item[1])[: parameters.top_k or TOP_K]
-            answers.append([{"label": name, "score": score} for name, score in ranked])
+            answers.append(rankings.scored_labels(scores, parameters.top_k or TOP_K))
         return answers[0] if single else answers
 
     def answer_schema(self) -> dict[str, Any]:
-        one = {
-            "type": "object",
-            "properties": {"label": {"type": "string"}, "score": {"type": "number"}},
-            "required": ["label", "score"],
-            "additionalProperties": False,
-        }
-        labels = {"type": "array", "items": one, "minItems": 1}
-        return {"anyOf": [labels, {"type": "array", "items": labels, "minItems": 1}]}
+        return {"anyOf": [rankings.SCORED_LABELS, {"type": "array", "items": rankings.SCORED_LABELS, "minItems": 1}]}
 
     def answer_difference(self, one: Any, other: Any) -> float:
         """Label by label; one that only one answer has counts from the least score of the other: it came just below."""
-        scores = [{entry["label"]: entry["score"] for entry in answer} for answer in (one, other)]
-        least = [min(found.values()) for found in scores]
-        names = scores[0].keys() | scores[1].keys()
-        return max(abs(scores[0].get(name, least[0]) - scores[1].get(name, least[1])) for name in names)
+        return rankings.labels_difference(one, other)
 
 
 def _logits(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

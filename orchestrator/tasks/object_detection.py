@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from orchestrator.errors import InputError
 from orchestrator.tasks import boxes as box_rules
-from orchestrator.tasks import detection_scores, images
+from orchestrator.tasks import detection_scores, heads, images
 from orchestrator.tasks import labels as label_rules
 from orchestrator.tasks.base import Column, Example, Observation, Parameters, Prediction, Row, RowError, Task
 
@@ -199,10 +199,9 @@ class ObjectDetection(Task):
         from orchestrator.tasks import batch_norm
         from orchestrator.tasks.detection_loss import PerImage
 
-        from_hub = {key: options[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in options}
+        from_hub = heads.from_hub(options)
         config = self.check_base(base, **from_hub)
-        config.id2label = dict(enumerate(self._names))
-        config.label2id = {name: place for place, name in enumerate(self._names)}
+        heads.name_labels(config, self._names)
         for name in _DRAWN:
             if hasattr(config, name):
                 setattr(config, name, 0.0)

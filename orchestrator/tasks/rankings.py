@@ -1,8 +1,37 @@
-"""Lists of the likeliest of many, cut at some length: how far two of them are apart."""
+"""The likeliest of many, best first and cut at some length: as an answer, and how far two of them are apart."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+SCORED_LABELS: dict[str, Any] = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {"label": {"type": "string"}, "score": {"type": "number"}},
+        "required": ["label", "score"],
+        "additionalProperties": False,
+    },
+    "minItems": 1,
+}
+"""JSON Schema of what `scored_labels` returns."""
+
+
+def scored_labels(scores: Mapping[str, float], most: int | None) -> list[dict[str, Any]]:
+    """`[{label, score}, …]` as Hugging Face clients read it, of at most `most` labels (None: all)."""
+    ranked = sorted(scores.items(), key=lambda item: -item[1])[:most]
+    return [{"label": name, "score": score} for name, score in ranked]
+
+
+def labels_difference(one: Sequence[Any], other: Sequence[Any]) -> float:
+    """`difference` of two answers of scored labels, or of two lists of such answers; inf where these are not as many."""
+    if isinstance(one[0], list) or isinstance(other[0], list):
+        if len(one) != len(other):
+            return math.inf
+        return max(labels_difference(*pair) for pair in zip(one, other, strict=True))
+    return difference(*({entry["label"]: entry["score"] for entry in answer} for answer in (one, other)))
 
 
 def difference(one: Mapping[Hashable, float], other: Mapping[Hashable, float]) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.errors import InputError
+from orchestrator.tasks import heads
 from orchestrator.tasks.base import Example
 from orchestrator.tasks.sound_augmentation import SoundAugment
 
@@ -133,7 +134,7 @@ def of_base(
     """
     from transformers import AutoConfig, AutoFeatureExtractor
 
-    trusted = {key: from_hub[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in from_hub}
+    trusted = heads.from_hub(from_hub)
     try:
         features = AutoFeatureExtractor.from_pretrained(base, **trusted)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from orchestrator.errors import InputError
 from orchestrator.storage import Folder
-from orchestrator.tasks.base import RowError
+from orchestrator.tasks.base import BASE64_FILE, RowError
 from orchestrator.tasks.labels import missing
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ SHORTEST_S = 0.1
 EXPECTED = "a sound that can be read (wav, flac, mp3 or ogg)"
 
 _DATA_URI = re.compile(r"data:(?:audio/[\w.+-]+|application/octet-stream)?(?:;[\w.+-]+=[^;,]*)*;base64,", re.ASCII | re.IGNORECASE)
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{100,}={0,2}\s*")
-"""A file's content. No path is so long without a dot, a dash or an underscore."""
 _TYPES = {"WAVEX": "wav", "OGG": "ogg", "MP3": "mpeg"}
 
 
@@ -185,7 +183,7 @@ def _canonical(column: str, value: Any) -> str:
             return _canonical(column, json.loads(value))
         except json.JSONDecodeError:
             pass
-    if value[:5].lower() == "data:" or _BASE64.fullmatch(value):
+    if value[:5].lower() == "data:" or BASE64_FILE.fullmatch(value):
         return _data_uri(column, _from_base64(column, value))
     return value
 

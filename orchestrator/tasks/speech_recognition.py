@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from orchestrator.errors import InputError, did_you_mean
-from orchestrator.tasks import sounds, transcripts
+from orchestrator.tasks import heads, sounds, transcripts
 from orchestrator.tasks.base import Column, Example, Observation, Parameters, Prediction, Row, Task
 from orchestrator.tasks.sound_augmentation import SoundAugment
 from orchestrator.tasks.sound_processor import SoundProcessor, has_tokenizer, is_bundled, is_multilingual, of_base
@@ -225,7 +225,7 @@ class SpeechRecognition(Task):
 
         from orchestrator.tasks import sound_models, speech_losses
 
-        from_hub = {key: options[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in options}
+        from_hub = heads.from_hub(options)
         config = sound_models.settle(self.check_base(base, **from_hub))
         processor = None if is_bundled(base) else self.processor(base, **from_hub)
         if config.model_type == "whisper":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from orchestrator.errors import InputError, did_you_mean
-from orchestrator.tasks import generation, generation_requests, text_scores, texts
+from orchestrator.tasks import generation, generation_requests, heads, text_scores, texts
 from orchestrator.tasks.base import Column, Example, Observation, Parameters, Prediction, Row, RowError, Task
 from orchestrator.tasks.generation import BeamGeneration, Prompts
 from orchestrator.tasks.labels import missing
@@ -204,7 +204,7 @@ class Text2Text(Task):
         """`AutoModelForSeq2SeqLM`, told which language to write where its tokenizer knows several. Raises `InputError` as `check_base`."""
         from transformers import AutoModelForSeq2SeqLM
 
-        from_hub = {key: options[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in options}
+        from_hub = heads.from_hub(options)
         self.check_base(base, **from_hub)
         model = AutoModelForSeq2SeqLM.from_pretrained(base, **options)
         if self.target_lang is not None and (first := _first_token(base, self.target_lang, from_hub)) is not None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from orchestrator.errors import InputError
+from orchestrator.tasks import heads, rankings, texts
 from orchestrator.tasks import labels as label_rules
-from orchestrator.tasks import texts
 from orchestrator.tasks.base import Column, Example, Observation, Parameters, Prediction, Row, RowError, Task, largest_difference
 from orchestrator.tasks.classification_scores import applied
 
@@ -163,19 +163,10 @@ class TextClassification(Task):
     # ---- model -----------------------------------------------------------------------------------------------
     def check_base(self, base: str, **from_hub: Any) -> Any:
         """The config of the base model. Raises `InputError` where it has no such head or fewer positions than `max_length`."""
-        from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
-
-        config = AutoConfig.from_pretrained(base, **from_hub)
-        remote = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
-        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not remote:
-            raise InputError(
-                f"model.base: {base!r} is a {config.model_type!r} model, for which transformers has no sequence-classification head; "
-                "choose an encoder such as BERT, RoBERTa, DeBERTa or ModernBERT, or a decoder such as Llama or Qwen."
-            )
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if self.max_length is not None and positions and self.max_length > positions:
-            raise InputError(f"task.max_length is {self.max_length}, but the base model {base!r} has only {positions} positions.")
-        return config
+        advice = "an encoder such as BERT, RoBERTa, DeBERTa or ModernBERT, or a decoder such as Llama or Qwen"
+        return heads.config_with_head(
+            base, "AutoModelForSequenceClassification", "sequence-classification head", advice, self.max_length, **from_hub
+        )
 
     def model(self, base: str, **options: Any) -> torch.nn.Module:
         """`AutoModelForSequenceClassification` with this task's labels; a head for other labels is replaced by a fresh one.
@@ -184,10 +175,9 @@ class TextClassification(Task):
         """
         from transformers import AutoModelForSequenceClassification
 
-        from_hub = {key: options[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in options}
+        from_hub = heads.from_hub(options)
         config = self.check_base(base, **from_hub)
-        config.id2label = dict(enumerate(self._names))
-        config.label2id = {name: place for place, name in enumerate(self._names)}
+        heads.name_labels(config, self._names)
         config.problem_type = {"single-label": "single_label_classification", "multi-label": "multi_label_classification"}.get(
             self.problem, "regression"
         )
@@ -320,18 +310,11 @@ class TextClassification(Task):
                 scores = prediction["scores"]
             else:
                 scores = dict(zip(self._names, applied(function, prediction["logits"]), strict=True))
-            ranked = sorted(scores.items(), key=lambda item: -item[1])[: parameters.top_k]
-            answers.append([{"label": name, "score": score} for name, score in ranked])
+            answers.append(rankings.scored_labels(scores, parameters.top_k))
         return answers
 
     def answer_schema(self) -> dict[str, Any]:
-        one = {
-            "type": "object",
-            "properties": {"label": {"type": "string"}, "score": {"type": "number"}},
-            "required": ["label", "score"],
-            "additionalProperties": False,
-        }
-        return {"type": "array", "items": {"type": "array", "items": one, "minItems": 1}}
+        return {"type": "array", "items": rankings.SCORED_LABELS}
 
     def answer_difference(self, one: Any, other: Any) -> float:
         """Label by label: labels whose scores are almost equal may stand in either order."""

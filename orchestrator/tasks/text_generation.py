@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from orchestrator.errors import InputError
-from orchestrator.tasks import chat, conversations, generation, generation_requests, text_scores, texts
+from orchestrator.tasks import chat, conversations, generation, generation_requests, heads, text_scores, texts
 from orchestrator.tasks.base import Column, Example, Observation, Parameters, Prediction, Row, RowError, Task
 from orchestrator.tasks.generation import Generation, Prompts
 from orchestrator.tasks.labels import missing
@@ -203,7 +203,7 @@ class TextGeneration(Task):
         """`AutoModelForCausalLM`. Raises `InputError` as `check_base`, and where a packed text sees the one before it."""
         from transformers import AutoModelForCausalLM
 
-        self.check_base(base, **{key: options[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in options})
+        self.check_base(base, **heads.from_hub(options))
         model = AutoModelForCausalLM.from_pretrained(base, **options)
         if self.packing and not _keeps_apart(model):
             raise InputError(

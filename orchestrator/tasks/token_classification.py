@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from orchestrator.errors import InputError
+from orchestrator.tasks import heads, texts, token_answers, token_labels
 from orchestrator.tasks import labels as label_rules
 from orchestrator.tasks import tags as tag_rules
-from orchestrator.tasks import texts, token_answers, token_labels
 from orchestrator.tasks import words as word_rules
 from orchestrator.tasks.base import Column, Example, Observation, Parameters, Prediction, Row, RowError, Task
 from orchestrator.tasks.tags import OUTSIDE, Span
@@ -220,28 +220,18 @@ class TokenClassification(Task):
     # ---- model -----------------------------------------------------------------------------------------------
     def check_base(self, base: str, **from_hub: Any) -> Any:
         """The config of the base model. Raises `InputError` where it has no such head or fewer positions than `max_length`."""
-        from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, AutoConfig
-
-        config = AutoConfig.from_pretrained(base, **from_hub)
-        remote = "AutoModelForTokenClassification" in (getattr(config, "auto_map", None) or {})
-        if type(config) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING and not remote:
-            raise InputError(
-                f"model.base: {base!r} is a {config.model_type!r} model, for which transformers has no token-classification head; "
-                "choose an encoder such as BERT, RoBERTa, DeBERTa or ModernBERT."
-            )
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if self.max_length is not None and positions and self.max_length > positions:
-            raise InputError(f"task.max_length is {self.max_length}, but the base model {base!r} has only {positions} positions.")
-        return config
+        advice = "an encoder such as BERT, RoBERTa, DeBERTa or ModernBERT"
+        return heads.config_with_head(
+            base, "AutoModelForTokenClassification", "token-classification head", advice, self.max_length, **from_hub
+        )
 
     def model(self, base: str, **options: Any) -> torch.nn.Module:
         """`AutoModelForTokenClassification` with this task's tags (BIO for entities); a head for others is replaced by a fresh one."""
         from transformers import AutoModelForTokenClassification
 
-        from_hub = {key: options[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in options}
+        from_hub = heads.from_hub(options)
         config = self.check_base(base, **from_hub)
-        config.id2label = dict(enumerate(self._names))
-        config.label2id = {name: place for place, name in enumerate(self._names)}
+        heads.name_labels(config, self._names)
         return AutoModelForTokenClassification.from_pretrained(base, config=config, ignore_mismatched_sizes=True, **options)
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], *, label_smoothing: float = 0.0) -> tuple[torch.Tensor, float]:

@@ -3,11 +3,8 @@
 import json
 import re
 import shlex
-import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +19,7 @@ from orchestrator import cli
 from orchestrator.config import JobConfig, load
 from orchestrator.schema import override
 from orchestrator.tasks import create
+from tests.unit import live
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs" / "tutorial.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
@@ -199,41 +197,8 @@ class Engine:
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    """The product's own HTTP application on a port of this machine."""
-    import uvicorn
-
-    from orchestrator.config import ServingSection
-    from serving import auth, web
-    from serving.batcher import Batcher
-    from serving.metrics import Metrics
-
-    section = ServingSection()
-    batcher = Batcher(Engine(), max_batch_tokens=1000, max_queue=section.max_queue)
-    model = web.ServedModel(
-        name="reviews",
-        version=1,
-        digest="d" * 64,
-        task=Engine.task,
-        section=section,
-        keys=auth.Keys([]),
-        batcher=batcher,
-        metrics=Metrics(model="reviews", version="1", replica="r", queued_rows=lambda: batcher.queued_rows),
-        info={"model": "reviews", "version": 1},
-        lineage={},
-    )
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(web.build(model, adds_request_id=True), log_level="error", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        deadline = time.monotonic() + 30
-        while not server.started:
-            assert time.monotonic() < deadline, "the server did not start within 30 s"
-            time.sleep(0.02)
-        yield f"127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(30)
-    batcher.close()
+    with live.endpoint(Engine()) as url:
+        yield url.removeprefix("http://")
 
 
 def at(endpoint: str, text: str) -> str:

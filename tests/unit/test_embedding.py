@@ -1,8 +1,6 @@
 """Embedding: what is a negative, the losses by their formulas, scores of a search, requests and answers."""
 
 import json
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from orchestrator.storage import Folder
 from orchestrator.tasks import contrastive, create, embedding_scores, vectors
 from orchestrator.tasks.base import RowError
 from tests.fixtures.tiny import text_base
+from tests.unit import live
 
 TEXTS = ["query passage", "a dog runs in the park all day", "the sky is blue", "we close at noon", "bread rises", "Zoë's naïve café 東京"]
 
@@ -294,42 +293,13 @@ def predictor(base: str, tmp_path_factory: pytest.TempPathFactory) -> Predictor:
 
 @pytest.fixture(scope="module")
 def url(predictor: Predictor) -> Iterator[str]:
-    """The product's HTTP application on a port of this machine."""
-    import socket
-
-    import uvicorn
-
-    from orchestrator.config import ServingSection
-    from serving import auth, web
-    from serving.batcher import Batcher
-    from serving.metrics import Metrics
-
-    batcher = Batcher(predictor, max_batch_tokens=1000, max_queue=100)
-    model = web.ServedModel(
-        name="texts", version=1, digest="d" * 64, task=predictor.task, section=ServingSection(), keys=auth.Keys([]), batcher=batcher,
-        metrics=Metrics(model="texts", version="1", replica="r", queued_rows=lambda: batcher.queued_rows),
-        info={"model": "texts", "version": 1}, lineage={},
-    )  # fmt: skip
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(web.build(model, adds_request_id=True), log_level="error", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        deadline = time.monotonic() + 30
-        while not server.started and time.monotonic() < deadline:
-            time.sleep(0.02)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(30)
-    batcher.close()
+    with live.endpoint(predictor) as url:
+        yield url
 
 
-def test_hugging_faces_client_gets_vectors_and_similarities(url: str, predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hugging_faces_client_gets_vectors_and_similarities(url: str, predictor: Predictor) -> None:
     from huggingface_hub import InferenceClient
-    from huggingface_hub.utils import _detect_agent
 
-    monkeypatch.setattr(_detect_agent, "_registry", {})  # which it would look up at huggingface.co
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     client = InferenceClient(model=url)
     alone, several = client.feature_extraction(TEXTS[1]), client.feature_extraction(TEXTS[2:])
     assert alone.shape == (1, 32)

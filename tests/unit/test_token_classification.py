@@ -1,11 +1,7 @@
 """What is special about token classification: words and their places, schemes of tags, windows, scores and answers."""
 
-import asyncio
 import json
 import math
-import socket
-import threading
-import time
 from typing import Any
 
 import numpy as np
@@ -23,6 +19,7 @@ from orchestrator.tasks import create, tags, words
 from orchestrator.tasks.base import RowError
 from orchestrator.tasks.windows import windows
 from tests.fixtures import oracles, tiny
+from tests.unit import live
 
 
 def task(**fields: Any) -> Any:
@@ -584,17 +581,9 @@ def test_replays_compare_every_word(known):
     assert one.answer_difference(wanted, wanted[1:]) == math.inf
 
 
-def test_a_client_of_hugging_face_gets_its_answers(known, monkeypatch):
-    import uvicorn
+def test_a_client_of_hugging_face_gets_its_answers(known):
     from huggingface_hub import InferenceClient
-    from huggingface_hub.utils import _detect_agent
 
-    from orchestrator.config import ServingSection
-    from serving import auth, web
-    from serving.batcher import Batcher
-    from serving.metrics import Metrics
-
-    monkeypatch.setattr(_detect_agent, "_registry", {})  # else the client asks the hub for it
     one, labelled = known
 
     class Engine:
@@ -614,26 +603,10 @@ def test_a_client_of_hugging_face_gets_its_answers(known, monkeypatch):
         def decode(self, row, outputs):
             return one.decode(row, outputs)
 
-    section = ServingSection()
-    batcher = Batcher(Engine(), max_batch_tokens=1000, max_queue=100)
-    counters = Metrics(model="names", version="1", replica="r", queued_rows=lambda: batcher.queued_rows)
-    model = web.ServedModel(
-        name="names", version=1, digest="d" * 64, task=one, section=section, keys=auth.Keys([]), batcher=batcher, metrics=counters,
-        info={"model": "names", "version": 1}, lineage={},
-    )  # fmt: skip
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(web.build(model, adds_request_id=True), log_level="error", lifespan="off"))
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.02)
-        client = InferenceClient(model=f"http://127.0.0.1:{listening.getsockname()[1]}")
+    with live.endpoint(Engine()) as url:
+        client = InferenceClient(model=url)
         found = client.token_classification(TEXT)
         assert [(entity.entity_group, entity.word, entity.start, entity.end) for entity in found] == [("PER", "Anna Maria", 0, 10), ("LOC", "New York", 20, 28)]  # fmt: skip
         raw = client.token_classification(TEXT, aggregation_strategy="none", ignore_labels=["O", "B-PER"], stride=16)
         assert [entity.entity for entity in raw] == ["I-PER", "B-LOC", "I-LOC"]
         assert client.token_classification("nobody here") == []
-        server.should_exit = True
-        thread.join(30)
-    batcher.close()
