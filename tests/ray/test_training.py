@@ -43,7 +43,7 @@ def job(model: str, workers: int, **sections: Any) -> JobConfig:
         "model": {"base": model},
         "data": {"train": "unused.csv"},
         "training": {
-            "learning_rate": 2e-3,
+            "learning_rate": 4e-3,
             "num_train_epochs": EPOCHS,
             "global_batch_size": BATCH,
             "precision": "fp32",
@@ -98,7 +98,7 @@ def test_one_worker_learns_and_leaves_a_bundle(alone: tuple[TrainRecord, Path], 
     record, folder = alone
     found = losses(record)
     assert sum(found[-STEPS:]) < 0.75 * sum(found[:STEPS])
-    assert record.metrics["accuracy"] > 0.55  # of 20 rows; which batches they are cut into moves one or two of them
+    assert record.metrics["accuracy"] > 0.6
     assert 0.3 < record.metrics["loss"] < 1.0
     assert (record.steps, record.epochs, record.rows_seen, record.num_workers, record.global_batch_size) == (
         EPOCHS * STEPS,
