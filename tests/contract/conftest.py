@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +40,19 @@ class Case:
         return [{role: value for role, value in row.items() if role not in targets} for row in self.clean]
 
 
-def _cases() -> list[Any]:
-    found = []
+@cache
+def every_case() -> dict[str, Case]:
+    found = {}
     for name in tasks.TASKS:
         for place, case in enumerate(json.loads((FIXTURES / f"{name}.json").read_text(encoding="utf-8"))):
             fields = {key: value for key, value in case.items() if key != "task"}
-            found.append(pytest.param(Case(given=case["task"], **fields), id=f"{name}-{place}"))
+            found[f"{name}-{place}"] = Case(given=case["task"], **fields)
     return found
 
 
-@pytest.fixture(scope="session", params=_cases())
+@pytest.fixture(scope="session", params=every_case())
 def case(request: pytest.FixtureRequest) -> Case:
-    return request.param
+    return every_case()[request.param]
 
 
 @pytest.fixture(scope="session")
