@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -62,6 +63,8 @@ class RelationExtraction(Task):
     """Tokens kept of a text, those nearest to the two entities; None: the tokenizer's limit, or 512 where it has none."""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """multi-label: the score from which a relation is given."""
+    negatives_per_row: Annotated[int, Field(ge=0)] | None = None
+    """How many of a training row's unrelated pairs are learnt from, drawn anew in each epoch; None: all of them."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -261,6 +264,23 @@ class RelationExtraction(Task):
                     for example, names in zip(pairs, right, strict=True):
                         example["labels"] = self._target(names, places)
         return found
+
+    @property
+    def augments(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.between == "mentions" and self.negatives_per_row is not None
+
+    def encode_to_train(self, rows: Sequence[Row], processor: Any, seeds: Sequence[int]) -> list[list[Example]]:
+        """All related pairs, and `negatives_per_row` unrelated ones (Eberts & Ulges 2020, arXiv 1909.07755)."""
+        if not self.augments:
+            return self.encode(rows, processor)
+        return self.encode([{**row, "pairs": self._drawn(row, seed)} for row, seed in zip(rows, seeds, strict=True)], processor)
+
+    def _drawn(self, row: Row, seed: int) -> list[list[int]]:
+        related = {(one["head"], one["tail"]) for one in row["label"]}
+        unrelated = [place for place, pair in enumerate(self._pairs(row)) if tuple(pair) not in related]
+        most = len(unrelated) if self.negatives_per_row is None else self.negatives_per_row
+        left_out = set(unrelated) - set(random.Random(seed).sample(unrelated, min(most, len(unrelated))))
+        return [pair for place, pair in enumerate(self._pairs(row)) if place not in left_out]
 
     def _encode_mentions(self, rows: Sequence[Row], processor: Any, tokenizer: Any, most: int) -> list[list[Example]]:
         without = [place for place, row in enumerate(rows) if "entities" not in row]

@@ -153,6 +153,26 @@ def test_a_long_text_keeps_both_mentions_and_what_is_nearest(tmp_path: Path):
         mentions.encode([mentions.marked("Anna Otto", (span(0, 4), span(5, 9)))], tokenizer, 3)
 
 
+def test_of_unrelated_pairs_as_many_are_learnt_from_as_the_job_says_and_others_in_each_epoch(tmp_path: Path):
+    row = {
+        "text": "Anna met Otto in Bern",
+        "entities": [span(0, 4), span(9, 13), span(17, 21)],
+        "label": [{"head": 1, "tail": 0, "type": "met"}],
+    }
+    task = fitted([row], negatives_per_row=2)
+    clean, tokenizer = task.clean(row), processors.of(task, tiny.text_base(tmp_path, [row["text"]]))
+    assert task.augments and not created().augments
+    epochs = [task.encode_to_train([clean], tokenizer, [seed])[0] for seed in range(20)]
+    met = task.labels.index("met")
+    assert all([example["labels"] == met for example in epoch].count(True) == 1 and len(epoch) == 3 for epoch in epochs)
+    assert {tuple(example["pair"][:4]) for epoch in epochs for example in epoch} == {
+        tuple(example["pair"][:4]) for example in task.encode([clean], tokenizer)[0]
+    }
+    assert pickle.dumps(epochs[7]) == pickle.dumps(task.encode_to_train([clean], tokenizer, [7])[0])
+    none = task.model_copy(update={"negatives_per_row": 0})
+    assert [len(examples) for examples in none.encode_to_train([clean, {**clean, "label": []}], tokenizer, [0, 0])] == [1, 1]
+
+
 def test_a_row_without_pairs_is_one_example_that_counts_for_nothing(tmp_path: Path):
     import torch
 
