@@ -57,7 +57,8 @@ def propose(data: str, tasks: Sequence[str]) -> Proposal:
     refusal: InputError | None = None
     for format in _formats():
         try:
-            peek = sources.peek(DataSection(train=data, format=format), "train")  # pyright: ignore[reportArgumentType]
+            with files.called("--data"):
+                peek = sources.peek(DataSection(train=data, format=format), "train")  # pyright: ignore[reportArgumentType]
         except InputError as error:
             refusal = refusal or error
             continue

@@ -86,6 +86,11 @@ def test_predictions_of_something_else_are_refused_by_row(tmp_path: Path):
         knowledge_graph.write(str(source), str(tmp_path / "g.parquet"), min_count=2)
 
 
+def test_predictions_that_are_not_there_are_named_as_the_command_does(tmp_path: Path):
+    with pytest.raises(InputError, match=r"^PREDICTIONS: there is no file '.*nothing\.jsonl'"):
+        knowledge_graph.write(str(tmp_path / "nothing.jsonl"), str(tmp_path / "triples.csv"))
+
+
 def test_the_command_says_what_it_wrote(predictions: Path, tmp_path: Path):
     done = CliRunner().invoke(cli.app, ["graph", str(predictions), str(tmp_path / "g.graphml"), "--min-score", "0.5", "--json"])
     assert done.exit_code == 0, done.output
