@@ -25,8 +25,8 @@ check: lint  ## style, types, imports, unit and contract tests
 
 test: lint  ## all tests
 	@mkdir -p build
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit tests/contract -n 2 --junitxml=build/unit.xml $(ARGS)
-	$(BIN)/pytest tests/ray tests/e2e tests/docs --junitxml=build/tests.xml $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit tests/contract tests/docs -n 2 --junitxml=build/unit.xml $(ARGS)
+	$(BIN)/pytest tests/ray tests/e2e --durations 25 --junitxml=build/tests.xml $(ARGS)
 
 lint: dev  ## style, types and imports
 	$(BIN)/ruff check .
