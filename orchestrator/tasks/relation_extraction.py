@@ -51,7 +51,7 @@ class RelationExtraction(Task):
     """Between entities that a text mentions, or between two names without a text."""
     problem: Literal["single-label", "multi-label"] = "single-label"
     """One relation for a pair at most, or any number of them."""
-    labels: Annotated[tuple[str, ...] | None, BeforeValidator(label_rules.label_names)] = None
+    labels: Annotated[Annotated[tuple[str, ...], Field(min_length=1)] | None, BeforeValidator(label_rules.label_names)] = None
     """Relations in the order of the model's outputs; None: those of the training rows, sorted."""
     no_relation: str | None = "no_relation"
     """The label of pairs that are not related; it is no triple and counts in no F1. None: every pair is related."""
