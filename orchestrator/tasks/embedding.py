@@ -55,6 +55,7 @@ class Embedding(Task):
 
     parameters: ClassVar[type[embedding_requests.EmbeddingParameters]] = embedding_requests.EmbeddingParameters
     joint: ClassVar[bool] = True
+    proposals: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"problem": "triplets"})
 
     problem: Problem = "pairs"
     """What a row says, and so the loss: texts that belong together, also told from texts that don't, scored, or labelled 1 and 0."""

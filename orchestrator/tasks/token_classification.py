@@ -30,6 +30,7 @@ class TokenClassification(Task):
     """Named entities and other spans of a text with their labels and places, or a tag for each word, such as its part of speech."""
 
     parameters: ClassVar[type[Parameters]] = token_answers.TokenClassificationParameters
+    proposals: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"problem": "words"})
 
     problem: Literal["entities", "words"] = "entities"
     """entities: spans of words with a label, as names of persons and places; words: a tag for each word, as parts of speech."""
