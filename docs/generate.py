@@ -10,6 +10,7 @@ import typer
 from typer.cli import get_docs_for_click
 
 from orchestrator import cli, reference
+from orchestrator.examples import EXAMPLES
 from orchestrator.tasks import TASKS
 
 FOLDER = Path(__file__).parent / "reference"
@@ -121,9 +122,19 @@ def command_line() -> str:
     return re.sub(r"\n{3,}", "\n\n", text.replace("\n\n", f"\n\n{status}", 1))
 
 
+def examples() -> str:
+    """The page on the catalogue of examples."""
+    lines = ["# Examples", "", "Data and base models by `example://NAME` ([how they are fetched](../guides/data.md#examples)).", ""]
+    lines += ["| name | what | package | licence |", "|---|---|---|---|"]
+    for name, one in sorted(EXAMPLES.items()):
+        where = "Debian" if one.pool else "PyPI"
+        lines.append(f"| `example://{name}` | {cell(one.about)} | {where} `{one.package}` {one.version} | {cell(one.licence)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     stale = []
-    for name, page in {"job-file.md": job_file(), "cli.md": command_line()}.items():
+    for name, page in {"job-file.md": job_file(), "cli.md": command_line(), "examples.md": examples()}.items():
         target, text = FOLDER / name, HEAD + page.strip() + "\n"
         if "--check" in sys.argv:
             stale += [name] if not target.exists() or target.read_text(encoding="utf-8") != text else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from orchestrator import batch_prediction, cluster
+from orchestrator import batch_prediction, cluster, sinks
 from orchestrator import bundle as bundles
 from orchestrator.config import DataSection
 from orchestrator.progress import Display
@@ -32,7 +32,8 @@ def main(
     """
     display.stage("predict")
     resolved = Registry(registry, Folder(storage)).resolve(model)
-    trained = bundles.load(resolved.bundle).job["data"]
+    bundle = bundles.load(resolved.bundle)
+    trained = bundle.job["data"]
     options = {key: trained[key] for key in ("columns", "delimiter", "header", "names", "encoding")}
     data = DataSection.parse(
         override(
@@ -40,6 +41,8 @@ def main(
         )["data"],
         "data",
     )
+    sinks.check(output)
+    batch_prediction.inputs_of(bundle.task, data)  # What is wrong with the input is said before Ray is started.
     log_dir = Path(Folder(storage).path) / "predict" / "logs" if Folder(storage).is_local else Path.cwd() / "predict-logs"
     with cluster.session(address, log_dir=log_dir, verbose=verbose):
         counted = batch_prediction.predict(resolved.bundle, data, output, display=display)

@@ -37,6 +37,7 @@ def every_row(job: JobConfig, display: Display) -> tuple[Check, Scan | None]:
         return Check("rows", False, str(error)), None
     try:
         scan.refuse(job, found)
+        preflight.require_metrics(job, found.task)
         preflight.require_parts(parents.settled(job), found.task)
     except InputError as error:
         return Check("rows" if found.bad else "model", False, str(error)), found

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import actors, sinks
 from orchestrator import bundle as bundles
 from orchestrator.config import DataSection
-from orchestrator.data import sources
+from orchestrator.data import files, sources
 from orchestrator.errors import InputError
 from orchestrator.predictor import TOKENS_PER_BATCH
 from orchestrator.progress import Display
 from orchestrator.storage import Folder
-from orchestrator.tasks.base import Prediction, Row, RowError
+from orchestrator.tasks.base import Prediction, Row, RowError, Task
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,11 +37,7 @@ def predict(
     """
     sinks.check(output)
     bundle = bundles.load(bundle_uri)
-    peek = sources.peek(source)
-    mapping = sources.map_columns(source, bundle.task.columns(), peek.columns, "INPUT", targets=False)
-    if taken := [name for name in peek.columns if name == "error" or name == "prediction" or name.startswith("prediction_")]:
-        raise InputError(f"INPUT has the column {taken[0]!r}, which the output is to have for what is predicted; rename it.")
-    inputs = {role: name for role, name in mapping.items() if not bundle.task.columns()[role].target}
+    inputs = inputs_of(bundle.task, source)
     arguments = {"bundle_uri": bundle_uri, "inputs": inputs, "tokens": tokens}
 
     def build() -> Dataset:
@@ -60,6 +56,17 @@ def predict(
     if spool.errors:
         display.warn(f"{spool.errors:,} of {spool.rows:,} rows have no prediction; the column `error` says why.")
     return {"rows": spool.rows, "errors": spool.errors}
+
+
+def inputs_of(task: Task, source: DataSection) -> dict[str, str]:
+    """Role -> column of the rows to predict. Raises `InputError` where they can't be read, or have other columns than the task needs."""
+    with files.called("INPUT"):
+        peek = sources.peek(source)
+    roles = task.columns()
+    mapping = sources.map_columns(source, roles, peek.columns, "INPUT", targets=False)
+    if taken := [name for name in peek.columns if name == "error" or name == "prediction" or name.startswith("prediction_")]:
+        raise InputError(f"INPUT has the column {taken[0]!r}, which the output is to have for what is predicted; rename it.")
+    return {role: name for role, name in mapping.items() if not roles[role].target}
 
 
 class _RowPredictor:

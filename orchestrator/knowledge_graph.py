@@ -34,7 +34,7 @@ def write(source: str, target: str, *, min_score: float = 0.0, min_count: int = 
 
     By the ending of `target`: Parquet, CSV or JSONL with a line for each triple of each row, whatever their number; or GraphML,
     in which equal names are one node and equal triples one edge, and for which the merged graph is held in memory. `min_score`
-    leaves out triples with a lower score, `min_count` (GraphML) those that fewer rows say.
+    leaves out triples with a lower score, `min_count` (GraphML) those that are said fewer times.
     """
     place = Folder(target)
     if not target.endswith((*sinks.ENDINGS, GRAPHML)):
@@ -56,7 +56,9 @@ def write(source: str, target: str, *, min_score: float = 0.0, min_count: int = 
 def triples(source: str) -> Iterator[dict[str, Any]]:
     """Every triple in the predictions of a file, glob or URI, with its `row_id`, one after the other."""
     section = DataSection(train=source)
-    for file in files.find(section)["train"]:
+    with files.called("PREDICTIONS"):
+        found = files.find(section)["train"]
+    for file in found:
         for number, row in records(file, section, ["row_id", "prediction"], ["prediction"]):
             if isinstance(row, BadRow):
                 raise InputError(f"{file.name}, row {number}: expected {row.expected}, found {row.found}.")
@@ -65,14 +67,14 @@ def triples(source: str) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 prediction = json.loads(said) if isinstance(said, str) else said
-                found = prediction["triples"]
-                each = [{key: triple[key] for key in ("head", "relation", "tail")} | {"score": float(triple["score"])} for triple in found]
+                stated = prediction["triples"]
+                each = [{key: triple[key] for key in ("head", "relation", "tail")} | {"score": float(triple["score"])} for triple in stated]
             except (ValueError, KeyError, TypeError):
                 raise InputError(
                     f"{file.name}, row {number}: the prediction has no triples (head, relation, tail, score); a graph is made of what "
                     "a model for relation-extraction or graph-completion predicts."
                 ) from None
-            for triple, whole in zip(each, found, strict=True):
+            for triple, whole in zip(each, stated, strict=True):
                 yield {**whole, **triple, "row_id": row.get("row_id") or f"{file.name}:{number}"}
 
 

@@ -158,6 +158,7 @@ def run(run: Run, *, until: Until = "deploy", promote: bool = False, deploy: Dep
     with run.timed("prepare"):
         prepared = prepare(job, run.storage, display)
     run.keep("prepare", prepared)
+    preflight.require_metrics(job, prepared.task)
     preflight.require_parts(job, prepared.task)
 
     if job.search is None:

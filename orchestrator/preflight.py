@@ -124,6 +124,16 @@ def _model(job: JobConfig) -> str:
     return f"{section.base}{f', {weights / 2**20:.0f} MiB of weights' if weights else ''}"
 
 
+def require_metrics(job: JobConfig, task: Task) -> None:
+    """Raises `InputError` for a metric of a label that the data have not, as in f1/spam. `task` is completed."""
+    known = task.metrics()
+    kinds = {name.partition("/")[0] for name in known if "/" in name}
+    best = job.training.metric_for_best_model
+    for name in [*(job.evaluation.metrics or []), *([best] if best else [])]:
+        if name not in known and "/" in name and name.partition("/")[0] in kinds:
+            raise InputError(f"metrics: the task has no metric {name!r}.{did_you_mean(name, known)}")
+
+
 def require_parts(job: JobConfig, task: Task) -> None:
     """Raises `InputError` where the base model has not what the job, or a trial of it, wants to adapt or freeze. `task` is completed."""
     from orchestrator import models, scratch

@@ -57,7 +57,8 @@ def propose(data: str, tasks: Sequence[str]) -> Proposal:
     refusal: InputError | None = None
     for format in _formats():
         try:
-            peek = sources.peek(DataSection(train=data, format=format), "train")  # pyright: ignore[reportArgumentType]
+            with files.called("--data"):
+                peek = sources.peek(DataSection(train=data, format=format), "train")  # pyright: ignore[reportArgumentType]
         except InputError as error:
             refusal = refusal or error
             continue
@@ -95,13 +96,19 @@ def draft(proposal: Proposal, data: str, *, name: str) -> str:
     task, lines = proposal.task, ["train: " + _scalar(data)]
     if proposal.format is not None:
         lines.append("format: " + proposal.format)
-    found = guess(create(task).columns(), proposal.peek.rows)
-    required = {role for role, column in create(task).columns().items() if column.required}
+    proposed = task_class(task).proposed(proposal.peek.rows)
+    settings = {key: value for key, value in proposed.model_dump(mode="json", exclude_defaults=True).items() if key != "name"}
+    found = guess(proposed.columns(), proposal.peek.rows)
+    required = {role for role, column in proposed.columns().items() if column.required}
     columns = {role: given for role, given in found.items() if role in required or given.column is not None}
     lines += ["columns:", *(f"  {role}: {_scalar(given.column or role)}{_comment(given.why)}" for role, given in columns.items())]
     why = f"what the columns look like{f'; might be {_or(proposal.others)} too' if proposal.others else ''}"
     return _file(
-        task, name, {"base": task_class(task).example_model} if task_class(task).example_model else example_model(task), lines, why
+        {"name": task, **settings} if settings else task,
+        name,
+        {"base": task_class(task).example_model} if task_class(task).example_model else example_model(task),
+        lines,
+        why,
     )
 
 

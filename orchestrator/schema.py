@@ -80,6 +80,8 @@ def _sentence(schema: type[pydantic.BaseModel], problem: Any, where: str) -> str
     if problem["type"] == "missing":
         return f"{prefix}{dotted!r} is missing."
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error" and message.endswith("."):  # a sentence already, as of a task within a job
+        return f"{prefix}{message}" if not dotted or message.startswith(f"{dotted}: ") else f"{prefix}{dotted}: {message}"
     given = "" if problem["type"] == "value_error" and isinstance(problem["input"], Mapping) else f" (given: {problem['input']!r})"
     return f"{prefix}{dotted}: {message}{given}." if dotted else f"{prefix}{message}."
 

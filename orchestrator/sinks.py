@@ -46,8 +46,10 @@ def open_sink(target: Folder, schema: pa.Schema) -> Iterator[Sink]:
     try:
         with filesystem.open_output_stream(temporary) as stream:
             sink = _SINKS[Path(target.path).suffix](stream, schema)
-            yield sink
-            sink.close()
+            try:
+                yield sink
+            finally:
+                sink.close()  # Also of one that is thrown away: Arrow complains of a writer whose stream is closed.
         if temporary != target.path:
             os.replace(temporary, target.path)
     except BaseException:

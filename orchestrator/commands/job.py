@@ -77,7 +77,8 @@ def validate(
         console.show_checks(output, checks)
         bad = list(found.listed) if found is not None else []
         if found is not None and bad:
-            output.table(["file", "row", "field", "expected", "found"], [[str(value) for value in row.values()] for row in bad[:BAD_ROWS]])
+            lines = [{**row, "field": row["field"] or ""} for row in bad[:BAD_ROWS]]  # A row that can't be read has none.
+            output.table(["file", "row", "field", "expected", "found"], [[str(value) for value in line.values()] for line in lines])
             if found.bad > BAD_ROWS:
                 output.text(f"… and {found.bad - BAD_ROWS:,} more; --json lists the first {len(bad):,}.")
         rows = None if found is None else {"usable": found.rows, "bad": found.bad, "bad_rows": bad}

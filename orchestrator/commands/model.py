@@ -72,7 +72,7 @@ def graph(
         ),
     ],
     min_score: Annotated[float, typer.Option(min=0, max=1, help="Leave out triples with a lower score.")] = 0.0,
-    min_count: Annotated[int, typer.Option(min=1, help="Leave out triples of the merged graph that fewer rows say.")] = 1,
+    min_count: Annotated[int, typer.Option(min=1, help="Leave out triples of the merged graph that are said fewer times.")] = 1,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:

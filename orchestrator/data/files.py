@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import json
@@ -151,6 +152,17 @@ def find(section: DataSection) -> dict[str, list[SourceFile]]:
         ]
         for split, files in found.items()
     }
+
+
+@contextlib.contextmanager
+def called(name: str) -> Iterator[None]:
+    """What is wrong with `data.train` is said of `name`: the argument of a command whose user wrote no job file."""
+    try:
+        yield
+    except InputError as error:
+        if not str(error).startswith("data.train"):
+            raise
+        raise InputError(name + str(error).removeprefix("data.train")) from None
 
 
 def place(uri: str) -> tuple[pafs.FileSystem, str]:

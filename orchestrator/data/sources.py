@@ -111,7 +111,7 @@ def map_columns(
     if unknown := [role for role in section.columns if role not in roles]:
         raise InputError(f"data.columns: the task has no role {unknown[0]!r}.{did_you_mean(unknown[0], roles)}")
     mapping: dict[str, str] = {}
-    named = {role: section.columns.get(role) or _by_name(role, column, columns) for role, column in roles.items()}
+    named = {role: section.columns.get(role) or _by_name(section, role, column, columns) for role, column in roles.items()}
     for role, column in roles.items():
         name = named[role]
         needed = (column.required and named.get(column.unless or "") not in columns) or role in section.columns
@@ -135,9 +135,10 @@ def map_columns(
     return mapping
 
 
-def _by_name(role: str, column: Column, columns: Sequence[str]) -> str:
-    """The column of a role that the job does not name."""
-    return next((name for name in (role, *column.aliases) if name in columns), role)
+def _by_name(section: DataSection, role: str, column: Column, columns: Sequence[str]) -> str:
+    """The column of a role that the job does not name: the role's name, else one of its other names that the job gives no other role."""
+    others = (name for name in column.aliases if name in columns and name not in section.columns.values())
+    return role if role in columns else next(others, role)
 
 
 def _no_column(section: DataSection, where: str, role: str, column: Column, name: str, columns: Sequence[str]) -> InputError:

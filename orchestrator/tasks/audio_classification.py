@@ -37,7 +37,7 @@ class AudioClassification(Task):
     parameters: ClassVar[type[Parameters]] = AudioClassificationParameters
     rows_at_once: ClassVar[int] = 32
 
-    labels: Annotated[tuple[str, ...] | None, BeforeValidator(label_rules.label_names)] = None
+    labels: Annotated[Annotated[tuple[str, ...], Field(min_length=1)] | None, BeforeValidator(label_rules.label_names)] = None
     """Label names in the order of the model's outputs; None: those of the training rows, numbers by size, names sorted."""
     max_length_s: Annotated[float, Field(ge=0.1, le=3600)] = 10.0
     """Seconds that are heard of a sound, from its beginning (while training with `augment` from anywhere in it); the share of longer ones is reported.

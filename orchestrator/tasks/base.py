@@ -79,6 +79,8 @@ class Task(Schema):
     """Rows that are encoded and predicted together: fewer where an encoded row is large."""
     example_model: ClassVar[str | None] = None
     """What `init` writes as `model.base`; None: the model of the task's first recipe."""
+    proposals: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    """Settings of which `init` proposes those that fit the data best; the first where several do."""
     model_types: ClassVar[Mapping[str, str]] = {}
     """Kinds of model that are the task's own and unknown to transformers: model type -> `module:ConfigClass`, for `config://`."""
     augments: ClassVar[bool] = False
@@ -158,10 +160,16 @@ class Task(Schema):
         from orchestrator.tasks.guessing import fits
 
         try:
-            task = cls.parse({})
+            return max(fits(cls.parse(settings), rows) for settings in cls.proposals)
         except InputError:  # it has keys without a default
             return 0.0
-        return fits(task, rows)
+
+    @classmethod
+    def proposed(cls, rows: Sequence[Row]) -> Self:
+        """The task with those of its `proposals` that fit the data best."""
+        from orchestrator.tasks.guessing import fits
+
+        return max(map(cls.parse, cls.proposals), key=lambda task: fits(task, rows))
 
     def self_contained(self, row: Row) -> Row:
         """The row with all that it refers to in it (files as `data:` URIs): it is kept in the bundle, to be asked again elsewhere."""

@@ -31,6 +31,12 @@ ROLES: dict[str, tuple[str, ...]] = {
     "labelled-pairs": ("text_a", "text_b"),
 }
 """The texts of a row; the place of each is its role in `contrastive`."""
+_ALIASES = {
+    "anchor": ("query", "question"),
+    "positive": ("passage", "answer", "document"),
+    "text_a": ("sentence1",),
+    "text_b": ("sentence2",),
+}
 PROMPTS = {"anchor": "query", "text_a": "query", "text_b": "query", "positive": "passage", "negative": "passage"}
 """The prompt that stands before the texts of a role, where the job has one of this name."""
 LOSS_ROWS = 32
@@ -49,6 +55,7 @@ class Embedding(Task):
 
     parameters: ClassVar[type[embedding_requests.EmbeddingParameters]] = embedding_requests.EmbeddingParameters
     joint: ClassVar[bool] = True
+    proposals: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"problem": "triplets"})
 
     problem: Problem = "pairs"
     """What a row says, and so the loss: texts that belong together, also told from texts that don't, scored, or labelled 1 and 0."""
@@ -91,7 +98,9 @@ class Embedding(Task):
             "text_b": "the second of two texts",
         }
         columns = {
-            role: Column.parse({"kind": "any" if role == "negative" else "text", "optional_at_prediction": True, "help": helps[role]})
+            role: Column(
+                kind="any" if role == "negative" else "text", optional_at_prediction=True, aliases=_ALIASES.get(role, ()), help=helps[role]
+            )
             for role in self._roles
         }
         if self.problem == "scored-pairs":
@@ -367,10 +376,22 @@ def _clean_texts(role: str, value: Any) -> str | list[str]:
     """The text in a cell; of negatives a list of one at least."""
     if role != "negative":
         return texts.clean_text(role, value)
-    several = [value] if not isinstance(value, (list, tuple)) else value
+    several = _listed(value) if not isinstance(value, (list, tuple)) else value
     if not several:
         raise RowError(role, "a text or a list of texts", value)
     return [texts.clean_text(role, text) for text in several]
+
+
+def _listed(value: Any) -> list[Any]:
+    """What JSON text of a list says, as a list stands in a CSV file or beside single texts; else the value alone."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            found = json.loads(value)
+        except ValueError:
+            return [value]
+        if isinstance(found, list) and all(isinstance(text, str) for text in found):
+            return found
+    return [value]
 
 
 def _clean_label(value: Any) -> int:

@@ -83,6 +83,11 @@ class GraphCompletion(Task):
                 raise RowError(role, _nearest("a relation" if role == "relation" else "an entity", name, places), name)
         return clean
 
+    def check_target(self, row: Row) -> None:
+        """What is learnt and scored are triples; a question has no answer to learn."""
+        if absent := [end for end in _ENDS if label_rules.missing(row.get(end))]:
+            raise RowError(absent[0], "an entity, since the graph is made of whole triples (questions are for `predict`)", None)
+
     def observe(self, rows: Sequence[Row]) -> Observation:
         """The triples themselves: relation -> head -> tail -> rows. It grows with the graph, of which `fit` bounds the size."""
         triples: dict[str, dict[str, dict[str, int]]] = {}

@@ -42,7 +42,7 @@ class ImageClassification(Task):
 
     problem: Literal["single-label", "multi-label"] = "single-label"
     """One label for an image, or any number of labels."""
-    labels: Annotated[tuple[str, ...] | None, BeforeValidator(label_rules.label_names)] = None
+    labels: Annotated[Annotated[tuple[str, ...], Field(min_length=1)] | None, BeforeValidator(label_rules.label_names)] = None
     """Label names in the order of the model's outputs; None: those of the training rows, numbers by size, names sorted."""
     augment: Augment = Augment()
     """What is done to training images at random: {flip: true, crop: 0.5, color: 0.3, randaugment: {n: 2, m: 9}, mixup: 0.2, cutmix: 1}."""

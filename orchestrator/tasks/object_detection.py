@@ -42,7 +42,7 @@ class ObjectDetection(Task):
     parameters: ClassVar[type[Parameters]] = ObjectDetectionParameters
     rows_at_once: ClassVar[int] = 16
 
-    labels: Annotated[tuple[str, ...] | None, BeforeValidator(label_rules.label_names)] = None
+    labels: Annotated[Annotated[tuple[str, ...], Field(min_length=1)] | None, BeforeValidator(label_rules.label_names)] = None
     """Label names in the order of the model's outputs; None: those of the training rows, numbers by size, names sorted."""
     box_format: box_rules.BoxFormat = "xyxy"
     """How a box of four bare numbers is meant: xyxy (corners), xywh (corner and size), both in pixels, or yolo (middle and size, as shares)."""

@@ -25,6 +25,7 @@ MOST_MENTIONS = 100
 """In one text: all their pairs are nearly 10,000 passes of the model. Of more that a finder finds the first ones count."""
 IGNORED = -100
 """Target of an example that stands for a row without pairs."""
+_RELATION = ("relation", "relations")
 
 
 class RelationParameters(Parameters):
@@ -51,7 +52,7 @@ class RelationExtraction(Task):
     """Between entities that a text mentions, or between two names without a text."""
     problem: Literal["single-label", "multi-label"] = "single-label"
     """One relation for a pair at most, or any number of them."""
-    labels: Annotated[tuple[str, ...] | None, BeforeValidator(label_rules.label_names)] = None
+    labels: Annotated[Annotated[tuple[str, ...], Field(min_length=1)] | None, BeforeValidator(label_rules.label_names)] = None
     """Relations in the order of the model's outputs; None: those of the training rows, sorted."""
     no_relation: str | None = "no_relation"
     """The label of pairs that are not related; it is no triple and counts in no F1. None: every pair is related."""
@@ -80,12 +81,22 @@ class RelationExtraction(Task):
             return {
                 "head": Column(kind="text", help="the name that the relation goes out from"),
                 "tail": Column(kind="text", help="the name that it leads to"),
-                "label": Column(kind="label", target=True, help="the relation from head to tail; several: a list, or text such as a|b"),
+                "label": Column(
+                    kind="label",
+                    target=True,
+                    aliases=_RELATION,
+                    help="the relation from head to tail; several: a list, or text such as a|b",
+                ),
             }
         span, number = "{start, end} in characters of the text, with or without a type", "in place of head and tail"
         return {
             "text": Column(kind="text", help="the text; head and tail may stand in it as <e1>…</e1> and <e2>…</e2>"),
-            "label": Column(kind="any", target=True, help="the relation from head to tail; of entities: a list of {head, tail, label}"),
+            "label": Column(
+                kind="any",
+                target=True,
+                aliases=_RELATION,
+                help="the relation from head to tail; of entities: a list of {head, tail, label}",
+            ),
             "head": Column(kind="any", required=False, help=f"where the relation goes out from: {span}"),
             "tail": Column(kind="any", required=False, help=f"where it leads to: {span}"),
             "entities": Column(kind="any", required=False, help="all mentions of a text, in place of head and tail: a list of these"),

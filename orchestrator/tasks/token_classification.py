@@ -30,12 +30,13 @@ class TokenClassification(Task):
     """Named entities and other spans of a text with their labels and places, or a tag for each word, such as its part of speech."""
 
     parameters: ClassVar[type[Parameters]] = token_answers.TokenClassificationParameters
+    proposals: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"problem": "words"})
 
     problem: Literal["entities", "words"] = "entities"
     """entities: spans of words with a label, as names of persons and places; words: a tag for each word, as parts of speech."""
     scheme: tag_rules.Scheme = "auto"
     """entities: how tags mark where an entity begins and ends. auto: by their prefixes, which tell all but IO without prefixes."""
-    labels: tuple[str, ...] | None = None
+    labels: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Labels of entities (PER, not B-PER), or the tags of words; None: those of the training rows, by alphabet."""
     ignore_labels: tuple[str, ...] = ()
     """entities: labels in the data that are read as no entity."""
@@ -54,6 +55,8 @@ class TokenClassification(Task):
             raise ValueError(f"{min(both)!r} is in labels and in ignore_labels")
         if self.problem == "words" and (self.scheme != "auto" or self.ignore_labels):
             raise ValueError("problem: words takes each tag as it stands and has neither a scheme nor ignore_labels")
+        if self.max_length is not None and self.stride is not None and self.stride >= self.max_length:
+            raise ValueError(f"stride is {self.stride}, and windows of max_length {self.max_length} can't share so much")
         tags = [name for name in self.labels or () if name == OUTSIDE or name.startswith(("B-", "I-"))]
         if tags and self.problem == "entities":
             raise ValueError(f"labels names {tags[0]!r}: labels of entities stand without B- and I-, and O is none")

@@ -274,6 +274,32 @@ def test_predict_and_serve_hand_on_what_was_asked(orchestrator, stand_in, monkey
     assert (options["storage"], options["host"], options["port"]) == ("/given", "0.0.0.0", 9000)
 
 
+def test_predict_refuses_an_input_before_it_starts_ray(tmp_path, monkeypatch):
+    from jobs import predict
+    from orchestrator import bundle, cluster
+    from orchestrator.progress import Silent
+
+    trained = {"columns": {"text": "review"}, "delimiter": None, "header": True, "names": None, "encoding": "utf-8"}
+    model = types.SimpleNamespace(task=tasks.create("text-classification"), job={"data": trained})
+
+    def no_session(*_, **__):
+        raise AssertionError("Ray is started")
+
+    monkeypatch.setattr(bundle, "load", lambda uri: model)
+    monkeypatch.setattr(
+        "orchestrator.registry.Registry.resolve", lambda self, name: types.SimpleNamespace(bundle="b", name="n", version=None)
+    )
+    monkeypatch.setattr(cluster, "session", no_session)
+    (tmp_path / "in.csv").write_text("text,label\ngood,1\n")
+    for source, target, says in (
+        ("nothing.csv", "out.csv", "^INPUT: there is no file"),
+        ("in.csv", "out.csv", "^INPUT: there is no column 'review'"),
+        ("in.csv", "out.txt", "must end in"),
+    ):
+        with pytest.raises(InputError, match=says):
+            predict.main("m", str(tmp_path / source), str(tmp_path / target), storage=str(tmp_path), display=Silent())
+
+
 def test_an_empty_registry_is_said_and_makes_no_files(orchestrator, tmp_path):
     ended = orchestrator("models", "list", "--storage", tmp_path / "s", "--json")
     assert (ended.status, ended.result) == (0, {"status": "done", "models": []})
@@ -320,6 +346,11 @@ def test_validate_lists_the_rows_that_can_not_be_used(orchestrator, tmp_path, mo
     }
     assert "2 of 42 rows can't be used (4.76%; data.max_bad_rows allows 0)" in ended.err
     assert re.search(r"reviews\.csv +42 +text +a text that is not empty", ended.err)
+    (tmp_path / "wide.csv").write_text("text,label\ngood,0\nbad,1\nmore,fields,here\n", encoding="utf-8")
+    unreadable = orchestrator("validate", "job.yaml", "--set", "data.train=wide.csv", "--json")
+    assert re.search(r"wide\.csv +4 +2 fields \(text, label\)", unreadable.err)  # no field is to blame
+    of_no_label = orchestrator("validate", "job.yaml", "--set", "data.max_bad_rows=0.1", "--set", "evaluation.metrics=[f1/2]")
+    assert of_no_label.status == 2 and "the task has no metric 'f1/2'. Did you mean 'f1/0'" in of_no_label.err
     allowed = orchestrator("validate", "job.yaml", "--set", "data.max_bad_rows=0.1", "--json")
     assert allowed.status == 0 and allowed.result["rows"]["bad"] == 2
     assert "40 train; 2 can't be used and will be left out (4.76%)" in allowed.err

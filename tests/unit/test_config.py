@@ -115,6 +115,8 @@ def test_a_wrong_key_or_value_is_a_sentence(job_file, more, sentence):
         ("task=json:Nothing", "has no 'Nothing'"),
         ("task=[1]", "expected a task's name"),
         ("task.problm=x", "unknown key 'problm'. Did you mean 'problem'?"),
+        ("task.max_length=1", r"^my reviews.yaml: task: max_length: [^.]*\(given: 1\)\.$"),
+        ("task.labels=[]", r"^my reviews.yaml: task: labels: [^.]*\(given: \(\)\)\.$"),
     ],
 )
 def test_a_wrong_assignment_is_a_sentence(job_file, assignment, sentence):

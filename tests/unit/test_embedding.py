@@ -17,6 +17,7 @@ from orchestrator.predictor import Predictor, forward
 from orchestrator.storage import Folder
 from orchestrator.tasks import contrastive, create, embedding_scores, vectors
 from orchestrator.tasks.base import RowError
+from orchestrator.tasks.guessing import guess
 from tests.fixtures.tiny import text_base
 from tests.unit import live
 
@@ -141,6 +142,23 @@ def test_a_row_to_predict_needs_one_of_its_texts() -> None:
     assert task.clean({"anchor": "a", "positive": "b", "text": "a column that happens to be there"}) == {"anchor": "a", "positive": "b"}
     with pytest.raises(RowError, match="'anchor'"):
         task.clean({})
+
+
+def test_negatives_may_be_a_list_as_json_text() -> None:
+    task = create({"name": "embedding", "problem": "triplets"})
+    for given, texts in (('["b", "c"]', ["b", "c"]), ("[b] or c", ["[b] or c"]), ("[1]", ["[1]"]), ("b", ["b"]), (["b"], ["b"])):
+        assert task.clean({"anchor": "a", "positive": "p", "negative": given})["negative"] == texts
+
+
+def test_questions_and_passages_are_anchors_and_positives() -> None:
+    columns = create({"name": "embedding"}).columns()
+    assert {role: found.column for role, found in guess(columns, [{"passage": "a long text", "question": "short?"}] * 9).items()} == {
+        "anchor": "question",
+        "positive": "passage",
+    }
+    section = DataSection(train="x.csv", columns={"anchor": "passage"})
+    with pytest.raises(InputError, match="'positive'"):  # its other name is of a column that is the anchor
+        sources.map_columns(section, columns, ["passage", "id"])
 
 
 def test_prediction_asks_for_one_text_column_and_training_for_all() -> None:

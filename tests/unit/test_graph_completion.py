@@ -143,6 +143,14 @@ def test_rows_that_are_no_triples_count_in_no_score_and_no_graph():
     assert example["source"] == [0, -1] and example["target"] == [-1, 0]
 
 
+def test_what_is_learnt_from_are_whole_triples():
+    task = tasks.create("graph-completion")
+    task.check_target(task.clean(rows(TRAIN)[0]))
+    for absent in ("head", "tail"):
+        with pytest.raises(RowError, match=f"column '{absent}': expected an entity"):
+            task.check_target(task.clean({**rows(TRAIN)[0], absent: ""}))
+
+
 def test_what_was_computed_of_a_task_does_not_travel_with_it():
     task = fitted(train=TRAIN)
     size = len(pickle.dumps(task))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import yaml
 
 from orchestrator import scaffold
 from orchestrator.config import load
@@ -121,6 +122,22 @@ def test_init_writes_a_job_for_what_the_data_look_like(here: Path) -> None:
     assert job.task.key == "chat" and job.data.columns == {"messages": "messages"}
     assert "task: chat    # what the columns look like; " in text
     assert job.model.base == scaffold.EXAMPLE_MODEL
+
+
+@pytest.mark.parametrize(
+    ("data", "task", "columns"),
+    [
+        ("1\tAnna\tAnna\tPROPN\t_\t_\t2\tnsubj\t_\t_\n2\truns\trun\tVERB\t_\t_\t0\troot\t_\t_\n\n", {"name": "token-classification", "problem": "words"}, {"tokens": "tokens", "tags": "upos"}),
+        ("Anna B-PER\nruns O\n\n", "token-classification", {"tokens": "tokens", "tags": "tags"}),
+        ('{"query": "who?", "passage": "Anna", "negative": ["Otto"]}\n', {"name": "embedding", "problem": "triplets"}, {"anchor": "query", "positive": "passage", "negative": "negative"}),
+        ('{"query": "who?", "passage": "Anna"}\n', "embedding", {"anchor": "query", "positive": "passage"}),
+    ],
+)  # fmt: skip
+def test_init_proposes_the_settings_that_fit_the_data(tmp_path: Path, data: str, task: Any, columns: dict[str, str]) -> None:
+    ending = "jsonl" if data.startswith("{") else "conllu" if data.startswith("1") else "conll"
+    (tmp_path / f"data.{ending}").write_text(data * 30)
+    job = yaml.safe_load(scaffold.new(None, str(tmp_path / f"data.{ending}"), tmp_path / "job.yaml"))
+    assert job["task"] == task and job["data"]["columns"] == columns
 
 
 def test_the_task_says_which_model_to_begin_with(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Predicted triples as a graph: every one with its row, or merged."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -84,6 +85,21 @@ def test_predictions_of_something_else_are_refused_by_row(tmp_path: Path):
             knowledge_graph.write(str(source), str(tmp_path / target))
     with pytest.raises(InputError, match="--min-count"):
         knowledge_graph.write(str(source), str(tmp_path / "g.parquet"), min_count=2)
+
+
+def test_predictions_that_are_not_there_are_named_as_the_command_does(tmp_path: Path):
+    with pytest.raises(InputError, match=r"^PREDICTIONS: there is no file '.*nothing\.jsonl'"):
+        knowledge_graph.write(str(tmp_path / "nothing.jsonl"), str(tmp_path / "triples.csv"))
+
+
+def test_nothing_is_left_of_a_graph_that_could_not_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    complaints: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", complaints.append)
+    (tmp_path / "said.jsonl").write_text('{"prediction": {"label": "good"}}\n')
+    with pytest.raises(InputError, match="row 1: the prediction has no triples"):
+        knowledge_graph.write(str(tmp_path / "said.jsonl"), str(tmp_path / "triples.parquet"))
+    gc.collect()
+    assert not complaints and [file.name for file in tmp_path.iterdir()] == ["said.jsonl"]
 
 
 def test_the_command_says_what_it_wrote(predictions: Path, tmp_path: Path):

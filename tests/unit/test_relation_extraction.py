@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from orchestrator import bundle, predictor, processors, tasks
+from orchestrator.config import DataSection
+from orchestrator.data.sources import map_columns
 from orchestrator.errors import InputError
 from orchestrator.storage import Folder
 from orchestrator.tasks import mentions
@@ -47,6 +49,14 @@ def test_every_way_to_write_a_pair_is_one_row(row: dict[str, Any]):
     clean = {**WORKS, "pairs": [[0, 1]], "label": [{"head": 0, "tail": 1, "label": "works_for"}]}
     assert created().clean({**row, "label": "works_for"}) == clean
     assert created().clean(row) == {key: value for key, value in clean.items() if key != "label"}
+
+
+def test_a_column_of_relations_is_the_label():
+    for between in ("mentions", "names"):
+        assert (
+            map_columns(DataSection(train="x"), created(between=between).columns(), ["text", "head", "tail", "relations"])["label"]
+            == "relations"
+        )
 
 
 def test_marks_may_stand_in_either_order_and_between_any_characters():

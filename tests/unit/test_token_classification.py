@@ -35,6 +35,12 @@ def spans(text: str, *found: tuple[str, str]) -> list[dict[str, Any]]:
     return [{"start": text.index(word), "end": text.index(word) + len(word), "label": label} for word, label in found]
 
 
+def test_settings_that_can_not_be() -> None:
+    for wrong, says in (({"max_length": 8, "stride": 8}, "stride is 8"), ({"labels": []}, "labels")):
+        with pytest.raises(InputError, match=says):
+            task(**wrong)
+
+
 # ---- words ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("text", "wanted"),
