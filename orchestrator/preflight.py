@@ -105,12 +105,18 @@ def _data(job: JobConfig) -> str:
 
 def _metrics(job: JobConfig) -> str:
     known = job.task.metrics()
-    asked = list(job.evaluation.metrics or [])
-    best = job.training.metric_for_best_model
-    for name in [*asked, *([best] if best and best.removeprefix("eval_") != "loss" else [])]:
+    for name in _asked_metrics(job):
         if name not in known and "/" not in name:  # of one label, as in f1/spam, or the hub's: known when the data is read
             raise InputError(f"metrics: the task has no metric {name!r}.{did_you_mean(name, known)}")
-    return f"best checkpoint by {best or job.task.objective}"
+    return f"best checkpoint by {job.training.metric_for_best_model or job.task.objective}"
+
+
+def _asked_metrics(job: JobConfig) -> list[str]:
+    """The metrics that the job names; not the validation loss, by which any task's checkpoints and trials can be told apart."""
+    sought = job.search.metric if job.search is not None else None
+    best = [job.training.metric_for_best_model, *([sought] if isinstance(sought, str) else sought or [])]
+    names = [name.removeprefix("eval_") for name in best if name is not None]
+    return [*(job.evaluation.metrics or []), *(name for name in names if name != "loss")]
 
 
 def _model(job: JobConfig) -> str:
@@ -128,9 +134,8 @@ def require_metrics(job: JobConfig, task: Task) -> None:
     """Raises `InputError` for a metric of a label that the data have not, as in f1/spam. `task` is completed."""
     known = task.metrics()
     kinds = {name.partition("/")[0] for name in known if "/" in name}
-    best = job.training.metric_for_best_model
-    for name in [*(job.evaluation.metrics or []), *([best] if best else [])]:
-        if name not in known and "/" in name and name.partition("/")[0] in kinds:
+    for name in _asked_metrics(job):
+        if name not in known and name.partition("/")[0] in kinds:
             raise InputError(f"metrics: the task has no metric {name!r}.{did_you_mean(name, known)}")
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 
 from orchestrator.errors import InputError
 from orchestrator.tasks import heads, rankings, sounds
@@ -37,7 +37,7 @@ class AudioClassification(Task):
     parameters: ClassVar[type[Parameters]] = AudioClassificationParameters
     rows_at_once: ClassVar[int] = 32
 
-    labels: Annotated[Annotated[tuple[str, ...], Field(min_length=1)] | None, BeforeValidator(label_rules.label_names)] = None
+    labels: label_rules.LabelNames = None
     """Label names in the order of the model's outputs; None: those of the training rows, numbers by size, names sorted."""
     max_length_s: Annotated[float, Field(ge=0.1, le=3600)] = 10.0
     """Seconds that are heard of a sound, from its beginning (while training with `augment` from anywhere in it); the share of longer ones is reported.

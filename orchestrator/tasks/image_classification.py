@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from orchestrator.errors import InputError
 from orchestrator.tasks import classification_scores, heads, images, rankings
@@ -42,7 +42,7 @@ class ImageClassification(Task):
 
     problem: Literal["single-label", "multi-label"] = "single-label"
     """One label for an image, or any number of labels."""
-    labels: Annotated[Annotated[tuple[str, ...], Field(min_length=1)] | None, BeforeValidator(label_rules.label_names)] = None
+    labels: label_rules.LabelNames = None
     """Label names in the order of the model's outputs; None: those of the training rows, numbers by size, names sorted."""
     augment: Augment = Augment()
     """What is done to training images at random: {flip: true, crop: 0.5, color: 0.3, randaugment: {n: 2, m: 9}, mixup: 0.2, cutmix: 1}."""

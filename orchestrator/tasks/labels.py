@@ -10,7 +10,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
 
 from orchestrator.errors import InputError, nearest
 from orchestrator.tasks.base import Observation, RowError
@@ -34,6 +36,10 @@ def label_name(value: Any) -> str:
 def label_names(value: Any) -> Any:
     """`label_name` of each, where `value` is a list: for a field of a task."""
     return tuple(label_name(name) for name in value) if isinstance(value, (list, tuple)) else value
+
+
+LabelNames = Annotated[Annotated[tuple[str, ...], Field(min_length=1)] | None, BeforeValidator(label_names)]
+"""A task's `labels`: at least one name, or None."""
 
 
 def missing(value: Any) -> bool:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from orchestrator.errors import InputError
 from orchestrator.tasks import boxes as box_rules
@@ -42,7 +42,7 @@ class ObjectDetection(Task):
     parameters: ClassVar[type[Parameters]] = ObjectDetectionParameters
     rows_at_once: ClassVar[int] = 16
 
-    labels: Annotated[Annotated[tuple[str, ...], Field(min_length=1)] | None, BeforeValidator(label_rules.label_names)] = None
+    labels: label_rules.LabelNames = None
     """Label names in the order of the model's outputs; None: those of the training rows, numbers by size, names sorted."""
     box_format: box_rules.BoxFormat = "xyxy"
     """How a box of four bare numbers is meant: xyxy (corners), xywh (corner and size), both in pixels, or yolo (middle and size, as shares)."""

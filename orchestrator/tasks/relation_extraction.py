@@ -52,7 +52,7 @@ class RelationExtraction(Task):
     """Between entities that a text mentions, or between two names without a text."""
     problem: Literal["single-label", "multi-label"] = "single-label"
     """One relation for a pair at most, or any number of them."""
-    labels: Annotated[Annotated[tuple[str, ...], Field(min_length=1)] | None, BeforeValidator(label_rules.label_names)] = None
+    labels: label_rules.LabelNames = None
     """Relations in the order of the model's outputs; None: those of the training rows, sorted."""
     no_relation: str | None = "no_relation"
     """The label of pairs that are not related; it is no triple and counts in no F1. None: every pair is related."""
@@ -287,11 +287,10 @@ class RelationExtraction(Task):
         return self.encode([{**row, "pairs": self._drawn(row, seed)} for row, seed in zip(rows, seeds, strict=True)], processor)
 
     def _drawn(self, row: Row, seed: int) -> list[list[int]]:
-        related = {(one["head"], one["tail"]) for one in row["label"]}
-        unrelated = [place for place, pair in enumerate(self._pairs(row)) if tuple(pair) not in related]
-        most = len(unrelated) if self.negatives_per_row is None else self.negatives_per_row
-        left_out = set(unrelated) - set(random.Random(seed).sample(unrelated, min(most, len(unrelated))))
-        return [pair for place, pair in enumerate(self._pairs(row)) if place not in left_out]
+        pairs, related = self._pairs(row), {(one["head"], one["tail"]) for one in row["label"]}
+        unrelated = [place for place, pair in enumerate(pairs) if tuple(pair) not in related]
+        drawn = set(random.Random(seed).sample(unrelated, min(self.negatives_per_row or 0, len(unrelated))))
+        return [pair for place, pair in enumerate(pairs) if place in drawn or tuple(pair) in related]
 
     def _encode_mentions(self, rows: Sequence[Row], processor: Any, tokenizer: Any, most: int) -> list[list[Example]]:
         without = [place for place, row in enumerate(rows) if "entities" not in row]

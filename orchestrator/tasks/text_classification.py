@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from orchestrator.errors import InputError
 from orchestrator.tasks import heads, rankings, texts
@@ -35,7 +35,7 @@ class TextClassification(Task):
 
     problem: Literal["single-label", "multi-label", "regression"] = "single-label"
     """One label for a text, any number of labels, or a number."""
-    labels: Annotated[Annotated[tuple[str, ...], Field(min_length=1)] | None, BeforeValidator(label_rules.label_names)] = None
+    labels: label_rules.LabelNames = None
     """Label names in the order of the model's outputs; None: those of the training rows, numbers by size, names sorted."""
     max_length: Annotated[int, Field(ge=4)] | None = None
     """Tokens kept of a text (or pair); None: the tokenizer's limit, or 512 where it has none."""

@@ -20,16 +20,6 @@ from tests.unit import tiny
 GLOBAL_BATCH = 4
 
 
-class Batches(tiny.Batches):
-    """Global batches of rows that became several examples."""
-
-    def steps(self, epoch: int, start: int) -> Any:
-        for share in super().steps(epoch, start):
-            examples = [dict(example) for row in share.examples for example in row["examples"]]
-            ids = [row["row_id"] for row in share.examples for _ in row["examples"]]
-            yield loop.Share(share.step, ids, examples, borrowed=share.borrowed)
-
-
 def train(case: Case, base: str, folder: str, rank: int = 0, world: int = 1) -> dict[str, Any]:
     """Two epochs of five rows in batches of four: of the last batch's single row two workers both look at it, and count it once."""
     processor = processors.of(case.task, base)
@@ -41,7 +31,7 @@ def train(case: Case, base: str, folder: str, rank: int = 0, world: int = 1) -> 
     section = tiny.settings(num_train_epochs=2, global_batch_size=GLOBAL_BATCH, learning_rate=1e-4, adam_epsilon=1e-4)
     history = list(
         loop.train(
-            case.task, model, processor, section, Batches(named, GLOBAL_BATCH, rank, world), folder=Folder(folder), validate=None,
+            case.task, model, processor, section, tiny.SplitBatches(named, GLOBAL_BATCH, rank, world), folder=Folder(folder), validate=None,
             global_batch_size=GLOBAL_BATCH, identity="a job", checkpoint=CheckpointSection(),
         )
     )  # fmt: skip

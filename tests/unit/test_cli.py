@@ -349,8 +349,9 @@ def test_validate_lists_the_rows_that_can_not_be_used(orchestrator, tmp_path, mo
     (tmp_path / "wide.csv").write_text("text,label\ngood,0\nbad,1\nmore,fields,here\n", encoding="utf-8")
     unreadable = orchestrator("validate", "job.yaml", "--set", "data.train=wide.csv", "--json")
     assert re.search(r"wide\.csv +4 +2 fields \(text, label\)", unreadable.err)  # no field is to blame
-    of_no_label = orchestrator("validate", "job.yaml", "--set", "data.max_bad_rows=0.1", "--set", "evaluation.metrics=[f1/2]")
-    assert of_no_label.status == 2 and "the task has no metric 'f1/2'. Did you mean 'f1/0'" in of_no_label.err
+    for asked in ("evaluation.metrics=[f1/2]", "training.metric_for_best_model=eval_f1/2"):
+        of_no_label = orchestrator("validate", "job.yaml", "--set", "data.max_bad_rows=0.1", "--set", asked)
+        assert of_no_label.status == 2 and "the task has no metric 'f1/2'. Did you mean 'f1/0'" in of_no_label.err
     allowed = orchestrator("validate", "job.yaml", "--set", "data.max_bad_rows=0.1", "--json")
     assert allowed.status == 0 and allowed.result["rows"]["bad"] == 2
     assert "40 train; 2 can't be used and will be left out (4.76%)" in allowed.err

@@ -54,16 +54,6 @@ def rows(task: Task, count: int = ROWS) -> list[dict[str, Any]]:
     return found
 
 
-class Batches(tiny.Batches):
-    """As the other, of rows that became several examples."""
-
-    def steps(self, epoch: int, start: int) -> Any:
-        for share in super().steps(epoch, start):
-            examples = [dict(example) for row in share.examples for example in row["examples"]]
-            ids = [row["row_id"] for row in share.examples for _ in row["examples"]]
-            yield loop.Share(share.step, ids, examples, borrowed=share.borrowed)
-
-
 def encoder(dropout: float = 0.2) -> Any:
     return tiny.bert(dropout).bert
 
@@ -88,7 +78,7 @@ def train(
     try:
         history = list(
             loop.train(
-                task, model, Tokens(), section, Batches(encoded, 8, rank, world), folder=Folder(folder), validate=None, global_batch_size=8,
+                task, model, Tokens(), section, tiny.SplitBatches(encoded, 8, rank, world), folder=Folder(folder), validate=None, global_batch_size=8,
                 identity="a job", checkpoint=CheckpointSection(),
             )
         )  # fmt: skip

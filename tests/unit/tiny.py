@@ -100,6 +100,16 @@ class Batches:
             yield Share(place, [example["row_id"] for example in given], given, borrowed=not mine)
 
 
+class SplitBatches(Batches):
+    """As the other, of rows that became several examples: `row_id`, `examples`."""
+
+    def steps(self, epoch: int, start: int) -> Iterator[Share]:
+        for share in super().steps(epoch, start):
+            examples = [dict(example) for row in share.examples for example in row["examples"]]
+            ids = [row["row_id"] for row in share.examples for _ in row["examples"]]
+            yield Share(share.step, ids, examples, borrowed=share.borrowed)
+
+
 def settings(**given: Any) -> TrainingSection:
     return TrainingSection.parse(
         {"learning_rate": 1e-3, "num_train_epochs": 1, "global_batch_size": 8, "precision": "fp32", "save_steps": 1000} | given
