@@ -65,6 +65,8 @@ def clean_image(column: str, value: Any) -> tuple[str, tuple[int, int]]:
     shown = value if len(value) <= 200 else f"{value[:40]}… ({len(value):,} characters)"
     try:
         content = read(value)
+    except FileNotFoundError:
+        raise RowError(column, "the path of an image that is there", shown) from None
     except (OSError, ValueError) as error:
         raise RowError(column, f"{_EXPECTED} that can be read", f"{shown} ({_sentence(error)})") from None
     try:
