@@ -243,9 +243,10 @@ def _row_from(item: Any, where: str) -> Row:
 
 
 def _reason(error: RowError) -> str:
-    """Why, without the content."""
-    text = str(error.found)
-    return f" ({text.rpartition('(')[2].rstrip(')')})" if text.endswith(")") else ""
+    """Why, without the content, of which there is at most a beginning and how long it is."""
+    _, long, reason = str(error.found).partition(" characters) ")
+    reason = reason if long else str(error.found).partition(" ")[2]
+    return f" {reason}" if reason else ""
 
 
 def inputs_from(row: Row) -> str:
