@@ -16,7 +16,7 @@ from orchestrator.config import DataSection
 from orchestrator.data import files, sources
 from orchestrator.errors import InputError
 from orchestrator.tasks import TASKS, create, task_class
-from orchestrator.tasks.guessing import guess
+from orchestrator.tasks.guessing import Guess, guess
 
 EXAMPLE_MODEL = "example://minilm"
 LIKELY = 0.25
@@ -60,7 +60,7 @@ def propose(data: str, tasks: Sequence[str]) -> Proposal:
             with files.called("--data"):
                 peek = sources.peek(DataSection(train=data, format=format), "train")  # pyright: ignore[reportArgumentType]
         except InputError as error:
-            refusal = refusal or error
+            refusal = error if format is None else refusal
             continue
         rows = [_beside(peek.files[0], row) for row in peek.rows]
         found += [(round(task_class(task).fits(peek.columns, rows, peek.format), 3), task, peek, format) for task in tasks]
@@ -70,6 +70,8 @@ def propose(data: str, tasks: Sequence[str]) -> Proposal:
         raise refusal or InputError(f"init: {data!r} can't be read.")
     # Of equals the format that finds more in the files: boxes beside images, rather than lines of text.
     score, task, peek, format = max(found, key=lambda one: (one[0], len(one[2].columns)))
+    if score < LIKELY and refusal is not None:  # What the files are can't be told, and no format makes sense of them.
+        raise refusal
     if score < LIKELY and len(tasks) > 1:
         columns = ", ".join(map(repr, found[0][2].columns))
         raise InputError(f"init: no task fits the columns {columns} of {data!r}; say which it is with --task: {', '.join(tasks)}.")
@@ -98,9 +100,12 @@ def draft(proposal: Proposal, data: str, *, name: str) -> str:
         lines.append("format: " + proposal.format)
     proposed = task_class(task).proposed(proposal.peek.rows)
     settings = {key: value for key, value in proposed.model_dump(mode="json", exclude_defaults=True).items() if key != "name"}
-    found = guess(proposed.columns(), proposal.peek.rows)
-    required = {role for role, column in proposed.columns().items() if column.required}
-    columns = {role: given for role, given in found.items() if role in required or given.column is not None}
+    roles = proposed.columns()
+    found = guess(roles, proposal.peek.rows)
+    columns = {role: given for role, given in found.items() if roles[role].required or given.column is not None}
+    alternatives = [role for role, column in roles.items() if column.alternative]
+    if alternatives and not columns.keys() & set(alternatives):
+        columns = {alternatives[0]: Guess(None, f"no column looks like it; there is {', '.join(proposal.peek.columns)}"), **columns}
     lines += ["columns:", *(f"  {role}: {_scalar(given.column or role)}{_comment(given.why)}" for role, given in columns.items())]
     why = f"what the columns look like{f'; might be {_or(proposal.others)} too' if proposal.others else ''}"
     return _file(

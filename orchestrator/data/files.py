@@ -270,6 +270,10 @@ def _folder(section: DataSection, split: str, filesystem: pafs.FileSystem, prefi
     files.sort(key=lambda info: info.path)
     if section.format == "yolo":
         return _yolo(where, split, prefix, path, files)
+    if section.format == "coco":
+        named = [_relative(info.path, path) for info in files if info.base_name.lower().endswith((".json", ".json.gz"))]
+        hint = f"name it, as in {asked.rstrip('/')}/{named[0]}" if named else "and there is none in it"
+        raise InputError(f"{where}: {asked!r} is a folder; format coco needs the JSON file that lists the images and their boxes: {hint}.")
     if section.format in (None, "librispeech") and (found := [info for info in files if info.base_name.endswith(TRANSCRIPTS)]):
         return [_Found(prefix + info.path, info.path, info.size, info.mtime_ns, "librispeech", None) for info in found]
     if section.format == "librispeech":

@@ -75,7 +75,7 @@ def peek(section: DataSection, split: str = "train", rows: int = 200, *, found: 
 def located(file: SourceFile, value: Any) -> Any:
     """What stands in a column of images or sounds, with a path in it made one that can be opened from anywhere."""
     if isinstance(value, str):
-        return value if BASE64_FILE.fullmatch(value) else file.beside(value)
+        return value if not value.strip() or BASE64_FILE.fullmatch(value) else file.beside(value)
     if isinstance(value, dict) and isinstance(value.get("path"), str) and value.get("bytes") is None:
         return {**value, "path": file.beside(value["path"])}
     return value

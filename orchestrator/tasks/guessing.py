@@ -168,11 +168,13 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_media(kind: str, name: str, rows: Sequence[Mapping[str, Any]]) -> bool:
-    values = [row[name] for row in rows if row.get(name) is not None]
-    return bool(values) and all(
+    """Whether most of what stands in a column are files of this kind: a wrong row among them makes it no other column."""
+    values = [row[name] for row in rows if row.get(name) is not None and row[name] != ""]
+    fitting = sum(
         bool(_MEDIA[kind].search(value)) if isinstance(value, str) else isinstance(value, (bytes, dict)) and _named(name, (kind,))
         for value in values
     )
+    return 2 * fitting > len(values)
 
 
 def _named(column: str, names: Sequence[str]) -> bool:

@@ -39,6 +39,7 @@ class ImageClassification(Task):
     modality: ClassVar[Literal["text", "image", "audio"]] = "image"
     parameters: ClassVar[type[Parameters]] = ImageClassificationParameters
     rows_at_once: ClassVar[int] = 128
+    example_model: ClassVar[str | None] = "example://efficientnet-lite0"
 
     problem: Literal["single-label", "multi-label"] = "single-label"
     """One label for an image, or any number of labels."""

@@ -65,6 +65,8 @@ def clean_image(column: str, value: Any) -> tuple[str, tuple[int, int]]:
     shown = value if len(value) <= 200 else f"{value[:40]}… ({len(value):,} characters)"
     try:
         content = read(value)
+    except FileNotFoundError:
+        raise RowError(column, "the path of an image that is there", shown) from None
     except (OSError, ValueError) as error:
         raise RowError(column, f"{_EXPECTED} that can be read", f"{shown} ({_sentence(error)})") from None
     try:
@@ -241,9 +243,10 @@ def _row_from(item: Any, where: str) -> Row:
 
 
 def _reason(error: RowError) -> str:
-    """Why, without the content."""
-    text = str(error.found)
-    return f" ({text.rpartition('(')[2].rstrip(')')})" if text.endswith(")") else ""
+    """Why, without the content, of which there is at most a beginning and how long it is."""
+    _, long, reason = str(error.found).partition(" characters) ")
+    reason = reason if long else str(error.found).partition(" ")[2]
+    return f" {reason}" if reason else ""
 
 
 def inputs_from(row: Row) -> str:

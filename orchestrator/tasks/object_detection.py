@@ -67,6 +67,11 @@ class ObjectDetection(Task):
         return bool(self.augment)
 
     # ---- data ------------------------------------------------------------------------------------------------
+    @classmethod
+    def fits(cls, columns: Sequence[str], rows: Sequence[Row], format: str) -> float:
+        """As any other, but for pictures without a text file beside them: every folder of images can be read as YOLO's."""
+        return 0.0 if format == "yolo" and not any(row["objects"] for row in rows) else super().fits(columns, rows, format)
+
     def columns(self) -> dict[str, Column]:
         return {
             "image": Column(kind="image", help="the picture: a path (relative to the file it stands in) or URI, bytes, or base64"),

@@ -30,6 +30,10 @@ SHORTEST_S = 0.1
 EXPECTED = "a sound that can be read (wav, flac, mp3 or ogg)"
 
 _DATA_URI = re.compile(r"data:(?:audio/[\w.+-]+|application/octet-stream)?(?:;[\w.+-]+=[^;,]*)*;base64,", re.ASCII | re.IGNORECASE)
+_CUT_OFF = re.compile(r"^\s*data\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+"""In what libsndfile says of a wav file: bytes of samples by its header, and those that are there."""
+_UNKNOWN_SIZE = 0x7FFFF000
+"""From this on a header's size means that the program that wrote it did not know how much would follow."""
 _TYPES = {"WAVEX": "wav", "OGG": "ogg", "MP3": "mpeg"}
 
 
@@ -41,7 +45,8 @@ def clean(column: str, value: Any, *, longest_s: float, used_s: float | None = N
     sound = _canonical(column, value)
     with opened(column, sound) as file:
         _check_length(column, file, longest_s)
-        wanted = file.frames if used_s is None else min(file.frames, round(used_s * file.samplerate))
+        said = _frames_said(file)
+        wanted = said if used_s is None else min(said, round(used_s * file.samplerate))
         found = sum(len(samples) for samples in _blocks(column, sound, file, wanted))
         if found < wanted and file.format != "MP3":  # Whose header does not say how long it is.
             raise RowError(
@@ -288,6 +293,13 @@ def _check_length(column: str, file: Any, longest_s: float) -> None:
     length = file.frames / file.samplerate
     if length > longest_s:
         raise RowError(column, f"a sound of at most {longest_s:g} s", f"one of {length:,.1f} s")
+
+
+def _frames_said(file: Any) -> int:
+    """How many frames a file has by its header; of a wav file that was cut off libsndfile counts those that are left."""
+    found = _CUT_OFF.search(file.extra_info)
+    said, left = (int(found[1]), int(found[2])) if found else (0, 0)
+    return round(file.frames * said / left) if left and left < said < _UNKNOWN_SIZE else file.frames
 
 
 def _reason(error: Exception) -> str:

@@ -35,8 +35,9 @@ def ctc(model: Any, batch: Mapping[str, torch.Tensor], label_smoothing: float) -
             reduction="none",
             zero_infinity=True,
         )
-    counted = counts > 0
-    return (losses * counted).sum(), float(counts.sum())
+    repeats = ((labels[:, 1:] == labels[:, :-1]) & (labels[:, 1:] != IGNORED)).sum(dim=-1)  # Between equal ones a blank must stand.
+    counted = (counts > 0) & (counts + repeats <= frames.to(labels.device))
+    return (losses * counted).sum(), float((counts * counted).sum())
 
 
 def read_frames(model: Any, batch: Mapping[str, Any], processor: SoundProcessor) -> list[Any]:

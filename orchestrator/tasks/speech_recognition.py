@@ -147,19 +147,20 @@ class SpeechRecognition(Task):
                 example["timestamps"] = True
             examples.append(example)
         if "text" in row:
-            labels = self._labels(row["text"], processor) if whole else []
+            labels, cut = self._labels(row["text"], processor) if whole else ([], True)
             for example in examples:
-                example["labels"], example["truncated"] = labels, not whole
+                example["labels"], example["truncated"] = labels, cut
         return examples
 
-    def _labels(self, text: str, processor: SoundProcessor) -> list[int]:
-        """CTC: the outputs that write it. Whisper: the decoder's prompt, -1, and what it is to write."""
+    def _labels(self, text: str, processor: SoundProcessor) -> tuple[list[int], bool]:
+        """CTC: the outputs that write it. Whisper: the decoder's prompt, -1, and what it is to write. And whether some of it is cut off."""
         written = self._written(text, processor.family)
         if processor.family == "ctc":
-            return list(processor.tokenizer(processor.cased(written)).input_ids)
+            return list(processor.tokenizer(processor.cased(written)).input_ids), False
         prompt = processor.prompt(self.language, self._speech_task)
-        tokens = processor.tokenizer(f" {written}", add_special_tokens=False).input_ids[: self.max_new_tokens - 1]
-        return [*prompt, -1, *tokens, processor.tokenizer.eos_token_id]
+        tokens = processor.tokenizer(f" {written}", add_special_tokens=False).input_ids
+        most = self.max_new_tokens - 1
+        return [*prompt, -1, *tokens[:most], processor.tokenizer.eos_token_id], len(tokens) > most
 
     @property
     def _speech_task(self) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from orchestrator.errors import InputError, did_you_mean
-from orchestrator.tasks import generation, generation_requests, heads, text_scores, texts
+from orchestrator.tasks import generation, generation_requests, guessing, heads, text_scores, texts
 from orchestrator.tasks.base import Column, Example, Observation, Parameters, Prediction, Row, RowError, Task
 from orchestrator.tasks.generation import BeamGeneration, Prompts
 from orchestrator.tasks.labels import missing
@@ -78,6 +78,16 @@ class Text2Text(Task):
         return self
 
     # ---- data ------------------------------------------------------------------------------------------------
+    @classmethod
+    def fits(cls, columns: Sequence[str], rows: Sequence[Row], format: str) -> float:
+        return guessing.fits(cls.proposed(rows), rows)
+
+    @classmethod
+    def proposed(cls, rows: Sequence[Row]) -> Self:
+        """With the two languages of a column `translation`, the first one as the source."""
+        languages = next((list(value) for row in rows if isinstance(value := row.get("translation"), Mapping)), [])
+        return cls.parse({"source_lang": languages[0], "target_lang": languages[1]}) if len(languages) == 2 else super().proposed(rows)
+
     def columns(self) -> dict[str, Column]:
         what = "the text to translate" if self.problem == "translation" else "the text to summarize"
         columns = {"source": Column(kind="text", required=False, alternative=True, help=what)}
@@ -151,16 +161,18 @@ class Text2Text(Task):
             settings = self.generate.with_(row.get("generate"))
             example["generate"] = settings.with_({"max_new_tokens": min(settings.max_new_tokens, self.max_target_length)}).to_json()
             if "target" in row:
-                example["labels"] = self._target(row["target"], processor)
+                example["labels"], cut = self._target(row["target"], processor)
+                example["truncated"] = example["truncated"] or cut
         return [[example] for example in examples]
 
-    def _target(self, text: str, processor: Any) -> list[int]:
-        """Its tokens, which end with the end of text whether or not they are cut."""
+    def _target(self, text: str, processor: Any) -> tuple[list[int], bool]:
+        """Its tokens, which end with the end of text whether or not they are cut; and whether they are."""
         ids = list(processor(text_target=text, padding=False, truncation=False, verbose=False)["input_ids"])
         end = processor.eos_token_id
         if end is not None and end not in ids:
             ids.append(end)
-        return ids if len(ids) <= self.max_target_length else [*ids[: self.max_target_length - 1], ids[-1]]
+        cut = len(ids) > self.max_target_length
+        return ([*ids[: self.max_target_length - 1], ids[-1]] if cut else ids), cut
 
     def length(self, example: Example) -> int:
         return len(example["input_ids"]) + (len(example["labels"]) if "labels" in example else example["generate"]["max_new_tokens"])

@@ -170,3 +170,47 @@ def test_data_for_no_task_is_said(here: Path) -> None:
     (here / "nothing.csv").write_text("")
     with pytest.raises(InputError, match=r"nothing\.csv"):
         scaffold.new(None, "nothing.csv", here / "job.yaml")
+
+
+def test_a_wrong_value_does_not_hide_a_column_of_pictures() -> None:
+    files = ["", "unknown", *(f"{n}.png" for n in range(9))]
+    assert guessing.guess(Pictures.roles, [{"file": file, "label": "ab"[n % 2]} for n, file in enumerate(files)])["image"].column == "file"
+
+
+def test_pictures_without_boxes_are_no_data_to_detect_objects_in(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    (tmp_path / "labels.csv").write_text("file,label\n0.png,a\n")
+    with pytest.raises(InputError, match=r"'0\.png' has no known format; name a glob such as .*\*\.csv"):
+        scaffold.propose(str(tmp_path), list(TASKS))
+    (tmp_path / "0.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    (tmp_path / "labels.csv").unlink()
+    assert scaffold.propose(str(tmp_path), list(TASKS)).task == "object-detection"
+
+
+@pytest.mark.parametrize("task", ["text2text", "text-generation"])
+def test_a_job_without_a_column_for_its_task_says_which_there_are(tmp_path: Path, task: str) -> None:
+    (tmp_path / "pairs.csv").write_text("english,german\n" + "\n".join(f"a house {n},ein Haus {n}" for n in range(9)))
+    text = scaffold.new(task, str(tmp_path / "pairs.csv"), tmp_path / "job.yaml")
+    assert "# no column looks like it; there is english, german" in text
+    (tmp_path / "job.yaml").write_text(text)
+    assert load(tmp_path / "job.yaml").data.columns
+
+
+def test_the_languages_of_a_translation_are_found(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({"translation": {"en": f"house {n}", "de": f"Haus {n}"}}) for n in range(9)))
+    (tmp_path / "job.yaml").write_text(scaffold.new(None, str(tmp_path / "pairs.jsonl"), tmp_path / "job.yaml"))
+    task: Any = load(tmp_path / "job.yaml").task
+    assert (task.key, task.source_lang, task.target_lang) == ("text2text", "en", "de")
+
+
+def test_pictures_of_ones_own_begin_with_a_pretrained_model(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / "0.png")
+    (tmp_path / "job.yaml").write_text(scaffold.new(None, str(tmp_path / "photos"), tmp_path / "job.yaml"))
+    job = load(tmp_path / "job.yaml")
+    assert (job.task.key, job.model.base, job.model.config) == ("image-classification", "example://efficientnet-lite0", {})

@@ -167,6 +167,12 @@ def test_changed_boxes_are_other_data(tmp_path: Path) -> None:
     assert digest() != before
 
 
+def test_a_folder_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "annotations.json").write_text("{}")
+    with pytest.raises(InputError, match=r"is a folder; format coco needs the JSON file .*: name it, as in .*/annotations\.json"):
+        read(tmp_path)
+
+
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("x")
     with pytest.raises(InputError, match="no image"):

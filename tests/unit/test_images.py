@@ -230,3 +230,11 @@ def test_the_length_of_an_image_is_its_patches() -> None:
 
 def test_png_is_what_the_fixtures_say() -> None:
     assert np.asarray(Image.open(io.BytesIO(png(np.eye(3, dtype=np.uint8) * 255)))).sum() == 3 * 255
+
+
+def test_a_client_is_told_what_is_wrong_with_a_picture() -> None:
+    content = file(Image.effect_noise((64, 64), 90), "JPEG")
+    with pytest.raises(InputError, match=r"found [\d,]+ bytes that are none \(image file is truncated \(\d+ bytes not processed\)\)\.$"):
+        images.rows_from(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"found 4 bytes that are none \(no picture in it\)\.$"):
+        images.rows_from(b"text")

@@ -117,6 +117,10 @@ def test_too_long_and_cut_short_ones_are_refused(tmp_path: Path) -> None:
     whole = wav(SOUND, kind="FLAC", subtype="PCM_16")
     refused(whole, r"at most 0\.1 s', found 'one of 0\.4 s|at most 0\.1 s, found 'one of 0\.4 s", longest_s=0.1)
     refused(whole[: len(whole) // 2], "wav, flac, mp3 or ogg")
+    refused(wav(SOUND)[:-400], r"ends 0\.1 s before its header says")
+    streamed = bytearray(wav(SOUND))  # by a program that did not know how much would follow
+    streamed[streamed.index(b"data") + 4 : streamed.index(b"data") + 8] = b"\xff\xff\xff\xff"
+    assert clean(bytes(streamed))
     longer = wav(np.tile(SOUND, 10), kind="FLAC", subtype="PCM_16")  # of several frames
     assert clean(longer[: len(longer) - 200], used_s=0.05)
 

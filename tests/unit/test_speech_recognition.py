@@ -152,6 +152,24 @@ def test_the_loss_of_ctc_is_that_of_transformers(tmp_path: Path) -> None:
         made.loss(model, batch, label_smoothing=0.1)
 
 
+def test_a_transcript_longer_than_the_frames_counts_nothing(tmp_path: Path) -> None:
+    base = tiny_sounds.wave_base(tmp_path, "layer")
+    rows = [row("cab"), {**row("a"), "text": "ab" * 200}]
+    made = fitted(rows)
+    processor, model = made.processor(base), made.model(base, dtype=torch.float32).eval()
+    examples = [its[0] for its in made.encode([made.clean(one) for one in rows], processor)]
+    both, items = made.loss(model, made.collate(examples, processor))
+    alone, its = made.loss(model, made.collate(examples[:1], processor))
+    assert (items, its) == (3, 3) and both.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_a_transcript_of_more_tokens_than_are_written_is_counted_as_cut(tmp_path: Path) -> None:
+    made = fitted([row("cab")], max_new_tokens=4)
+    processor = made.processor(tiny_sounds.whisper_base(tmp_path))
+    [[short], [long]] = made.encode([row("c"), row("cab bad dab")], processor)
+    assert (short["truncated"], long["truncated"]) == (False, True)
+
+
 def test_the_loss_of_whisper_is_that_of_transformers_after_the_prompt(tmp_path: Path) -> None:
     base = tiny_sounds.whisper_base(tmp_path)
     made = fitted([row("cab bad"), row("a")], max_new_tokens=20)

@@ -71,9 +71,11 @@ def test_prefix_limits_and_ends(t5):
     assert example["truncated"] and len(example["input_ids"]) == 12 and example["input_ids"][-1] == made.eos_token_id
     assert made.decode(example["input_ids"]).startswith("summarize: a long")
     assert len(example["labels"]) == 5 and example["labels"][-1] == made.eos_token_id
+    [[whole], [cut]] = one.encode([{"source": "Save", "target": "Save"}, {"source": "Save", "target": "Open a new document " * 5}], made)
+    assert (whole["truncated"], cut["truncated"]) == (False, True)
     assert example["generate"]["max_new_tokens"] == 5
     made.backend_tokenizer.post_processor = None  # One that does not end its texts: they must end all the same.
-    assert one._target("Save", made)[-1] == made.eos_token_id
+    assert one._target("Save", made)[0][-1] == made.eos_token_id
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
