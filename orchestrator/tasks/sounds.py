@@ -166,7 +166,10 @@ def opened(column: str, sound: str) -> Iterator[Any]:
         except (soundfile.LibsndfileError, TypeError, ValueError) as error:
             raise RowError(column, EXPECTED, f"{shown(sound)} ({_reason(error)})") from None
         with file:
-            yield file
+            try:
+                yield file
+            except (soundfile.LibsndfileError, OSError) as error:  # It begins as a sound does, and breaks off or is damaged.
+                raise RowError(column, EXPECTED, f"{shown(sound)} ({_reason(error)})") from None
 
 
 # ---- what stands in a cell -----------------------------------------------------------------------------------
@@ -271,14 +274,10 @@ def _content(column: str, sound: str) -> bytes:
 def _blocks(column: str, sound: str, file: Any, frames: int) -> Iterator[np.ndarray]:
     """The next `frames` of a file, or fewer where it ends: float32, channels mixed, a block after the other."""
     import numpy as np
-    import soundfile
 
     most = max(1, BLOCK // file.channels)
     while frames > 0:
-        try:
-            samples = file.read(min(frames, most), dtype="float32", always_2d=True).mean(axis=1)
-        except (soundfile.LibsndfileError, OSError) as error:
-            raise RowError(column, EXPECTED, f"{shown(sound)} ({_reason(error)})") from None
+        samples = file.read(min(frames, most), dtype="float32", always_2d=True).mean(axis=1)
         if not len(samples):
             return
         if not np.isfinite(samples).all():

@@ -142,6 +142,14 @@ def test_a_client_names_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert isinstance(raised.value.__cause__, RowError)  # 422: well-formed and unusable
 
 
+def test_what_breaks_off_is_told_of_a_client_s_sound_too() -> None:
+    whole = wav(np.tile(SOUND, 10), kind="FLAC", subtype="PCM_16")
+    for left in (200, len(whole) // 2):
+        sent = sounds.from_client("audio", whole[:left], longest_s=60)  # it begins as a sound does
+        with pytest.raises(RowError, match="wav, flac, mp3 or ogg"):
+            sounds.load("audio", sent, 16_000)
+
+
 # ---- windows -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("samples", "pieces"), [(1, 1), (1000, 1), (1001, 2), (1800, 2), (1801, 3), (5000, 6)])
 def test_windows_cover_a_sound_and_none_lies_in_another(samples: int, pieces: int) -> None:
